@@ -1,0 +1,18 @@
+"""Measures of generated images: features, the Frechet distance, the inception score, agreement with labels."""
+
+from .classifier import DigitsClassifier
+from .frechet import frechet_distance
+from .scores import Agreement, InceptionScore, class_agreement, inception_score
+from .statistics import FeatureStatistics, ReferenceStatistics, digits_statistics
+
+__all__ = [
+    "Agreement",
+    "DigitsClassifier",
+    "FeatureStatistics",
+    "InceptionScore",
+    "ReferenceStatistics",
+    "class_agreement",
+    "digits_statistics",
+    "frechet_distance",
+    "inception_score",
+]

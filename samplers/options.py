@@ -1,0 +1,154 @@
+"""The options that every scheduler has, and how a class adds its own."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from diffusers.configuration_utils import register_to_config
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class ScheduleConfig(TypedDict, total=False):
+    """What the model was trained on and which times a run visits; names and defaults are diffusers'.
+
+    Attributes:
+        num_train_timesteps: training timesteps.
+        beta_start: first beta.
+        beta_end: last beta.
+        beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
+        trained_betas: the betas themselves.
+        rescale_betas_zero_snr: rescaled to zero terminal SNR (arXiv 2305.08891).
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction`` or ``flow_prediction``.
+        variance_type: ``learned`` or ``learned_range`` where the network also predicts variances, which are dropped.
+        thresholding: dynamic thresholding of the predicted clean sample; for pixel models.
+        dynamic_thresholding_ratio: its quantile.
+        sample_max_value: upper limit of its bound. ``None``, the default, is the paper's method; diffusers' default
+            of 1 turns it into a clip to [-1, 1].
+        timestep_spacing: ``linspace``, ``leading`` or ``trailing``.
+        steps_offset: added to ``leading`` timesteps.
+        use_karras_sigmas: levels of arXiv 2206.00364, equation 5.
+        use_exponential_sigmas: levels uniform in their logarithm.
+        use_beta_sigmas: levels by quantiles of Beta(0.6, 0.6) (arXiv 2407.12173).
+        use_lu_lambdas: levels uniform in half log-SNR (arXiv 2206.00927).
+        use_flow_sigmas: rectified flow.
+        flow_shift: static shift of its levels.
+        use_dynamic_shifting: the shift depends on ``mu``, given to ``set_timesteps``.
+        time_shift_type: ``exponential`` or ``linear`` in ``mu``.
+        shift_terminal: last flow level before the end.
+        base_shift: read by pipelines that compute ``mu``.
+        max_shift: read by pipelines that compute ``mu``.
+        base_image_seq_len: read by pipelines that compute ``mu``.
+        max_image_seq_len: read by pipelines that compute ``mu``.
+        sigma_min: cleanest level of a re-spacing or of EDM; the schedule's own by default.
+        sigma_max: noisiest level of a re-spacing or of EDM; the schedule's own by default.
+        sigma_data: selects EDM preconditioning with this standard deviation of the data.
+        sigma_schedule: ``karras`` or ``exponential``, for EDM.
+        rho: exponent of the Karras levels.
+        final_sigmas_type: the run ends at ``zero`` or at ``sigma_min``.
+        lambda_min_clipped: drops timesteps of lower half log-SNR.
+        fractional_timesteps: the network gets unrounded labels; flow and EDM models always do.
+        preset: ``accurate`` chooses spacing, order and ending by the number of steps.
+        guidance_scale: the guidance that the preset reckons with.
+    """
+
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    trained_betas: Sequence[float] | None
+    rescale_betas_zero_snr: bool
+    prediction_type: str
+    variance_type: str | None
+    thresholding: bool
+    dynamic_thresholding_ratio: float
+    sample_max_value: float | None
+    timestep_spacing: str
+    steps_offset: int
+    use_karras_sigmas: bool
+    use_exponential_sigmas: bool
+    use_beta_sigmas: bool
+    use_lu_lambdas: bool
+    use_flow_sigmas: bool
+    flow_shift: float
+    use_dynamic_shifting: bool
+    time_shift_type: str
+    shift_terminal: float | None
+    base_shift: float
+    max_shift: float
+    base_image_seq_len: int
+    max_image_seq_len: int
+    sigma_min: float | None
+    sigma_max: float | None
+    sigma_data: float | None
+    sigma_schedule: str
+    rho: float
+    final_sigmas_type: Literal["zero", "sigma_min"]
+    lambda_min_clipped: float
+    fractional_timesteps: bool
+    preset: str | None
+    guidance_scale: float | None
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "rescale_betas_zero_snr": False,
+    "prediction_type": "epsilon",
+    "variance_type": None,
+    "thresholding": False,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": None,
+    "timestep_spacing": "linspace",
+    "steps_offset": 0,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "sigma_min": None,
+    "sigma_max": None,
+    "sigma_data": None,
+    "sigma_schedule": "karras",
+    "rho": 7.0,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -math.inf,
+    "fractional_timesteps": False,
+    "preset": None,
+    "guidance_scale": None,
+}
+
+
+def scheduler_options(**overrides: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers an ``__init__(self, *, own options, **schedule: Unpack[ScheduleConfig])`` with diffusers.
+
+    diffusers reads a constructor's signature to know its options: the schedule's are spelled out there.
+
+    Args:
+        overrides: other defaults for schedule options.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(init).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        shared = [inspect.Parameter(name, kind, default=value) for name, value in {**DEFAULTS, **overrides}.items()]
+        init.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        registered: Callable[..., None] = register_to_config(init)
+        return registered
+
+    return decorate

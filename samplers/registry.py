@@ -1,0 +1,60 @@
+"""The samplers by name: what the command line offers, the benchmarks compare and the tests check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .scheduler import PlanScheduler
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A scheduler class with options.
+
+    Attributes:
+        name: on the command line.
+        scheduler: the class.
+        options: what is set beside the class's defaults.
+        order: stated order of convergence; of a stochastic sampler, of its drift.
+        paper: source.
+    """
+
+    name: str
+    scheduler: type[PlanScheduler]
+    options: Mapping[str, Any]
+    order: int
+    paper: str
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its plans read fresh noise."""
+        return str(self.options.get("algorithm_type", "")).startswith("sde-")
+
+    def build(self, config: Mapping[str, Any], **options: Any) -> PlanScheduler:
+        """The scheduler for a model whose pipeline came with ``config``."""
+        scheduler: PlanScheduler = self.scheduler.from_config(config, **{**self.options, **options})
+        return scheduler
+
+
+SAMPLERS: dict[str, Sampler] = {}
+"""All samplers, in the order of registration."""
+
+
+def register(name: str, scheduler: type[PlanScheduler], *, order: int, paper: str, **options: Any) -> None:
+    """Adds a sampler; the command line, the benchmarks and the tests of invariants pick it up by themselves.
+
+    Args:
+        name: short and lower case.
+        scheduler: its class.
+        order: stated order of convergence.
+        paper: source.
+        options: of the class.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in SAMPLERS:
+        raise ValueError(f"a sampler called {name!r} is registered already")
+    SAMPLERS[name] = Sampler(name, scheduler, options, order, paper)

@@ -1,0 +1,441 @@
+"""The diffusers face of every plan: the whole scheduler contract, once."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils import BaseOutput
+
+from .builder import PlanBuilder
+from .execute import PlanRun, Thresholding
+from .grid import Grid, make_grid
+from .noise import NoiseStreams, draw_from
+from .plan import Plan
+from .prediction import PREDICTION_TYPES
+from .presets import apply_preset
+from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, schedule_from_config
+
+logger = logging.getLogger(__name__)
+
+Floats = Sequence[float] | np.ndarray | torch.Tensor
+
+
+@dataclass
+class PlanSchedulerOutput(BaseOutput):
+    """What ``step`` returns.
+
+    Attributes:
+        prev_sample: the next input of the network, or the result after the last step.
+        pred_original_sample: the predicted clean sample.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):
+    """Base of all schedulers: reads the config, compiles a plan in ``set_timesteps``, executes a call in ``step``.
+
+    A subclass names its options in ``__init__`` (decorated with ``scheduler_options``), maps foreign values and
+    checks them there, calls ``_setup``, and writes its plan in ``_write``.
+
+    ``timesteps`` has one entry a network call. All of diffusers' call styles work; ``step`` also takes lists of
+    generators, and ``manual_seed`` gives noise to pipelines that hand over no generator.
+    """
+
+    _compatibles: ClassVar[list[str]] = [
+        *(e.name for e in KarrasDiffusionSchedulers),
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    ]
+    _flow_grid: ClassVar[str] = "below_one"
+    order = 1
+
+    # ---------------------------------------------------------------- construction
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | None = None,
+        return_unused_kwargs: bool = False,
+        *,
+        preset: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Makes the scheduler from any diffusers scheduler's config.
+
+        Flow matching and EDM configs are recognised by their class name or keys and become the options that say so.
+
+        Args:
+            config: a scheduler's ``config``, or a dict of options.
+            return_unused_kwargs: also return what was not an option.
+            preset: ``"accurate"`` chooses spacing, order and ending by measurement (see ``ScheduleConfig``).
+            kwargs: options that override the config.
+        """
+        if config is not None:
+            kwargs = {**_translated(config), **kwargs}
+        if preset is not None:
+            kwargs["preset"] = preset
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def _setup(self) -> None:
+        """Checks the shared options and makes the schedule; subclasses call it at the end of ``__init__``."""
+        config = self.config
+        if config.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type {config.prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}"
+            )
+        chosen = [name for name in ("karras", "exponential", "beta") if config[f"use_{name}_sigmas"]]
+        chosen += ["lu_lambdas"] if config.use_lu_lambdas else []
+        if len(chosen) > 1:
+            raise ValueError(f"only one re-spacing can be used, got {' and '.join(chosen)}; set the others to False")
+        if config.final_sigmas_type not in ("zero", "sigma_min"):
+            raise ValueError(f"final_sigmas_type {config.final_sigmas_type!r} is unknown; use zero or sigma_min")
+        if config.timestep_spacing not in ("linspace", "leading", "trailing"):
+            raise ValueError(
+                f"timestep_spacing {config.timestep_spacing!r} is unknown; use linspace, leading or trailing"
+            )
+        if config.sigma_schedule not in ("karras", "exponential"):
+            raise ValueError(f"sigma_schedule {config.sigma_schedule!r} is unknown; use karras or exponential")
+        if config.variance_type not in (None, "learned", "learned_range", "fixed_small", "fixed_small_log", "fixed_large"):
+            self.register_to_config(variance_type=None)
+        if config.thresholding and not 0.0 < config.dynamic_thresholding_ratio <= 1.0:
+            raise ValueError(f"dynamic_thresholding_ratio {config.dynamic_thresholding_ratio} must lie in (0, 1]")
+        if config.thresholding and config.sample_max_value is not None and config.sample_max_value < 1.0:
+            raise ValueError(f"sample_max_value {config.sample_max_value} must be at least 1, or None for no limit")
+        self.schedule = schedule_from_config(config)
+        if isinstance(self.schedule, DiscreteVPSchedule):
+            self.alphas_cumprod = self.schedule.alphas_cumprod
+            self.betas = 1.0 - self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+        if isinstance(self.schedule, EDMSchedule) and config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {config.prediction_type!r} has no meaning on an EDM schedule")
+        if not isinstance(self.schedule, FlowSchedule) and config.use_dynamic_shifting and config.use_flow_sigmas:
+            raise ValueError("use_dynamic_shifting needs a flow schedule")
+        apply_preset(type(self).__name__, config, 10)
+        self.init_noise_sigma = 1.0
+        if isinstance(self.schedule, EDMSchedule):
+            self.init_noise_sigma = math.sqrt(self.schedule.max_level**2 + 1.0)
+        self.num_inference_steps: int | None = None
+        count = self.schedule.num_train_timesteps
+        self.timesteps = torch.arange(count - 1, -1, -1, dtype=torch.float32)
+        self.sigmas = torch.from_numpy(self.schedule.level(np.arange(count)) if count else np.zeros(0)).float()
+        self._grid: Grid | None = None
+        self._plan: Plan | None = None
+        self._run: PlanRun | None = None
+        self._streams: NoiseStreams | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._run_start = 0
+
+    def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
+        """Writes the class's plan with the given options (the config, or what a preset made of it)."""
+        raise NotImplementedError
+
+    def _calls_per_step(self, options: Mapping[str, Any]) -> int:
+        """Network calls between two grid nodes."""
+        return 1
+
+    # ---------------------------------------------------------------- times
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Floats | None = None,
+        mu: float | None = None,
+        timesteps: Floats | None = None,
+    ) -> None:
+        """Chooses the times of a run and compiles its plan.
+
+        Args:
+            num_inference_steps: number of steps; may be omitted with ``timesteps`` or ``sigmas``.
+            device: where ``self.timesteps`` goes.
+            sigmas: custom noise levels in the units of ``self.sigmas``, with or without the terminal one.
+            mu: of dynamic shifting.
+            timesteps: custom time labels.
+
+        Raises:
+            ValueError: contradicting or impossible times.
+        """
+        options = self._options(num_inference_steps if timesteps is None and sigmas is None else None)
+        self._grid = make_grid(
+            self.schedule,
+            options,
+            num_inference_steps if num_inference_steps is None else int(num_inference_steps),
+            timesteps=_as_list(timesteps),
+            sigmas=_as_list(sigmas),
+            mu=mu,
+        )
+        self._begin_index = self._step_index = None
+        self._plan = self._compile(0)
+        self._run = None
+        self.num_inference_steps = self._grid.steps
+        labels = np.array([call.timestep for call in self._plan])
+        whole = isinstance(self.schedule, DiscreteVPSchedule) and bool((labels == np.round(labels)).all())
+        self._labels = labels if whole else labels.astype(np.float32)
+        self.timesteps = torch.from_numpy(self._labels).to(device, torch.int64 if whole else torch.float32)
+        levels = [call.level for call in self._plan] + [self._plan.final_level]
+        self.sigmas = torch.tensor(levels, dtype=torch.float32)
+
+    @property
+    def plan(self) -> Plan:
+        """The compiled plan of the current times (from ``begin_index`` on, where it is set)."""
+        if self._plan is None:
+            raise ValueError("call set_timesteps first: it compiles the plan")
+        if self._begin_index:
+            return self._compile(self._begin_index)
+        return self._plan
+
+    def _options(self, steps: int | None) -> dict[str, Any]:
+        options = {**self.config, "flow_grid": self._flow_grid}
+        if self.config.preset is not None and steps is not None:
+            options.update(apply_preset(type(self).__name__, self.config, steps))
+        self._chosen = options
+        return options
+
+    def _compile(self, start: int) -> Plan:
+        assert self._grid is not None
+        calls = self._calls_per_step(self._chosen)
+        if start % calls:
+            raise ValueError(f"begin_index {start} lies inside a step; use a multiple of order={calls}")
+        name = f"{type(self).__name__}, {self._grid.steps} steps"
+        builder = PlanBuilder(self._grid, self.config.prediction_type, start=start // calls, name=name)
+        return self._write(builder, self._chosen)
+
+    # ---------------------------------------------------------------- a step
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        variance_noise: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PlanSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """Executes one call of the plan.
+
+        Args:
+            model_output: of the network, ``(batch, ...)``; with learned variances ``(batch, 2 C, ...)``.
+            timestep: only used to find the start of a run that has no ``begin_index``.
+            sample: what the network saw, ``(batch, C, ...)``, of any floating dtype.
+            generator: of the noise of stochastic plans; a list gives each sample its own.
+            variance_noise: the noise itself, shaped like ``sample``.
+            return_dict: a ``PlanSchedulerOutput``, or else the tuple of its fields.
+
+        Returns:
+            next sample in the dtype of ``sample``, and the predicted clean sample.
+
+        Raises:
+            ValueError: no timesteps were set, the run is over, or shapes do not fit.
+        """
+        if self._plan is None:
+            raise ValueError("num_inference_steps is None: call set_timesteps before step")
+        if self._step_index is None:
+            self._step_index = self._first_index(timestep)
+        run = self._current_run()
+        if model_output.shape != sample.shape:
+            model_output = self._mean_of(model_output, sample)
+        noise = None
+        if run.is_stochastic:
+            noise = self._noise(sample, generator, variance_noise)
+        following, clean = run.step(sample, model_output, noise)
+        self._step_index += 1
+        if not return_dict:
+            return following, clean
+        return PlanSchedulerOutput(prev_sample=following, pred_original_sample=clean)
+
+    def _current_run(self) -> PlanRun:
+        """The run that stands at ``step_index``: the one under way, taken back by one step, or a new one."""
+        index = self._step_index
+        assert index is not None and self._plan is not None
+        if index >= len(self._plan):
+            raise ValueError(f"the run is over after {len(self._plan)} steps; call set_timesteps for another one")
+        if self._run is not None:
+            position = self._run_start + self._run.position
+            if index == position - 1:
+                self._run.undo()
+                return self._run
+            if index == position:
+                return self._run
+        plan = self._plan if index == 0 else self._compile(index)
+        threshold = None
+        if self.config.thresholding:
+            threshold = Thresholding(self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
+        self._run, self._run_start = PlanRun(plan, threshold), index
+        return self._run
+
+    def _mean_of(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The first half of the channels of a network that also predicts variances."""
+        learned = self.config.variance_type in ("learned", "learned_range")
+        if learned and model_output.shape[1] == 2 * sample.shape[1]:
+            return model_output[:, : sample.shape[1]]
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}; they must be equal"
+            + ("" if learned else ', or set variance_type="learned_range" for a network that predicts variances')
+        )
+
+    def _noise(
+        self,
+        sample: torch.Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        variance_noise: torch.Tensor | None,
+    ) -> torch.Tensor:
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        if variance_noise is not None:
+            return variance_noise.to(sample.device, dtype)
+        if generator is None and self._streams is not None:
+            assert self._step_index is not None
+            return self._streams.draw(self._step_index, sample.shape, sample.device, dtype)
+        return draw_from(generator, sample.shape, sample.device, dtype)
+
+    def manual_seed(self, seeds: int | Sequence[int] | None) -> PlanScheduler:
+        """Seeds the noise of stochastic plans, for pipelines that hand no generator to ``step`` (SD3, Flux, DiT).
+
+        Args:
+            seeds: one a sample; or the first sample's, sample ``k`` then has ``seeds + k``; ``None`` takes it back.
+
+        Returns:
+            itself.
+        """
+        self._streams = None if seeds is None else NoiseStreams(seeds)
+        return self
+
+    # ---------------------------------------------------------------- where a run stands
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next call, ``None`` before the first step."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first call, ``None`` if it was not set."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Starts the run at a later entry of ``timesteps`` (image to image); the plan is compiled from there."""
+        self._begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
+        """The first entry of ``timesteps`` with this label.
+
+        Raises:
+            ValueError: there is none.
+        """
+        value = float(timestep.flatten()[0]) if isinstance(timestep, torch.Tensor) else float(timestep)
+        labels = self._labels if schedule_timesteps is None else schedule_timesteps.cpu().numpy()
+        distance = np.abs(labels - value)
+        index = int(distance.argmin())
+        if distance[index] > 1e-3 * max(1.0, abs(value)):
+            raise ValueError(f"timestep {value:g} is not among the run's timesteps {[float(t) for t in labels]}")
+        return index
+
+    def _first_index(self, timestep: float | torch.Tensor) -> int:
+        if self._begin_index is not None:
+            return self._begin_index
+        if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
+            # Reading it would wait for the device; without begin_index a run starts at the start.
+            return 0
+        return self.index_for_timestep(timestep)
+
+    # ---------------------------------------------------------------- noise levels
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """The network's input: the sample itself, or for EDM models the sample times ``c_in``."""
+        if not isinstance(self.schedule, EDMSchedule):
+            return sample
+        if self._plan is None or timestep is None:
+            raise ValueError("scale_model_input of an EDM model needs set_timesteps before it, and the timestep")
+        if self._step_index is None:
+            self._step_index = self._first_index(timestep)
+        return sample * self._plan.calls[self._step_index].in_scale
+
+    def add_noise(
+        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """``alpha x_0 + sigma noise`` at the timesteps.
+
+        During a run that has a ``begin_index`` it is the level of the next step (image to image, inpainting).
+        Otherwise each timestep is looked up in the run, and where it is not part of it, in the schedule.
+        """
+        alpha, sigma = self._alpha_sigma(timesteps, original_samples)
+        return alpha * original_samples + sigma * noise
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``add_noise`` with the argument order of flow pipelines."""
+        if noise is None:
+            raise ValueError("scale_noise needs noise; pass a tensor shaped like sample")
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The velocity target: ``alpha noise - sigma x_0``, for flow models ``noise - x_0``."""
+        if isinstance(self.schedule, FlowSchedule):
+            return noise - sample
+        alpha, sigma = self._alpha_sigma(timesteps, sample)
+        return alpha * noise - sigma * sample
+
+    def _alpha_sigma(self, timesteps: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._plan is not None and self._begin_index is not None:
+            index = self._begin_index if self._step_index is None else self._step_index
+            levels = self.sigmas[min(index, len(self.sigmas) - 1)].expand(len(timesteps)).double().numpy()
+        else:
+            labels = timesteps.detach().cpu().double().numpy()
+            levels = self.schedule.level(labels)
+            if self._plan is not None:
+                planned = {float(label): call.level for label, call in zip(self._labels, self._plan, strict=True)}
+                levels = np.array([planned.get(float(t), float(s)) for t, s in zip(labels, levels, strict=True)])
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha, sigma = (
+            torch.from_numpy(np.asarray(v)).to(like.device, like.dtype).view(shape)
+            for v in self.schedule.alpha_sigma(levels)
+        )
+        return alpha, sigma
+
+    def __len__(self) -> int:
+        return self.schedule.num_train_timesteps
+
+
+def _as_list(values: Floats | None) -> list[float] | None:
+    if values is None:
+        return None
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().double().numpy()
+    return [float(v) for v in values]
+
+
+def _translated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that a foreign config implies by its class rather than by its keys."""
+    name = str(config.get("_class_name", ""))
+    if name.startswith("EDM"):
+        keys = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
+        return {key: config[key] for key in keys if key in config}
+    flow_keys = ("shift", "base_shift")
+    is_flow = name.startswith("FlowMatch") or (
+        "use_flow_sigmas" not in config and "beta_start" not in config and any(key in config for key in flow_keys)
+    )
+    if not is_flow:
+        return {}
+    logger.info("%s is a flow matching config: use_flow_sigmas=True, prediction_type='flow_prediction'", name or "This")
+    keys = ("use_dynamic_shifting", "time_shift_type", "shift_terminal", *PIPELINE_KEYS)
+    return {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "flow_shift": config.get("shift", 1.0),
+        **{key: config[key] for key in keys if config.get(key) is not None},
+    }
+
+
+PIPELINE_KEYS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")

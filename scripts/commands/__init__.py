@@ -1,0 +1,1 @@
+"""The subcommands of ``fewstep``, one click object a file, of the file's name."""

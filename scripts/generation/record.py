@@ -1,0 +1,242 @@
+"""The folder of a run: its settings as JSON, atomic files, and whether a folder can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+FORMAT = 1
+RECORD, GRID = "record.json", "grid.png"
+_LIBRARIES = ("fewstep", "torch", "diffusers", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sampler at one number of steps, and the folder of its images below the run's."""
+
+    sampler: str
+    steps: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that the images of a run depend on, besides the versions of the libraries.
+
+    Attributes:
+        model: bundled name, absolute folder or hub id.
+        samplers: one name, or the rows of a comparison.
+        steps: one number of steps, or the columns of a comparison.
+        compare: whether the run is a comparison.
+        options: of the schedulers, over those of the sampler's name.
+        preset: of the schedulers.
+        number: images a cell.
+        seed: image ``i`` starts from ``seed + i``.
+        prompts: image ``i`` takes prompt ``i % len(prompts)``; empty for other kinds of models.
+        negative_prompt: of all images.
+        classes: image ``i`` takes class ``i % len(classes)``; empty for other kinds of models.
+        guidance_scale: None where the pipeline has none.
+        height: pixels; None for the model's own.
+        width: pixels; None for the model's own.
+        dtype: of the networks.
+        device: of the networks.
+    """
+
+    model: str
+    samplers: tuple[str, ...]
+    steps: tuple[int, ...]
+    compare: bool
+    options: dict[str, Any]
+    preset: str | None
+    number: int
+    seed: int
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    classes: tuple[int, ...]
+    guidance_scale: float | None
+    height: int | None
+    width: int | None
+    dtype: str
+    device: str
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Row by row; a run that is no comparison has one cell, the run's folder itself."""
+        pairs = [(sampler, steps) for sampler in self.samplers for steps in self.steps]
+        return [Cell(a, n, f"{a}-{n}" if self.compare else ".") for a, n in pairs]
+
+    def seed_of(self, index: int) -> int:
+        """The seed of an image."""
+        return self.seed + index
+
+    def condition_of(self, index: int) -> str | int | None:
+        """The prompt or class of an image."""
+        given = self.prompts or self.classes
+        return given[index % len(given)] if given else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+_SHAPES: dict[str, Any] = {
+    **dict.fromkeys(("model", "dtype", "device"), str),
+    **dict.fromkeys(("number", "seed"), int),
+    **dict.fromkeys(("samplers", "prompts"), [str]),
+    **dict.fromkeys(("steps", "classes"), [int]),
+    **dict.fromkeys(("height", "width"), (int, type(None))),
+    **dict.fromkeys(("preset", "negative_prompt"), (str, type(None))),
+    "guidance_scale": (float, int, type(None)),
+    "compare": bool,
+    "options": dict,
+}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a record.
+
+    Raises:
+        ValueError: the file cannot be read or is no record.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"record {path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
+        raise ValueError(f"record {path} was not written by fewstep generate")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"record {path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+    return content
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings in a record, with their types checked.
+
+    Raises:
+        ValueError: a setting is missing, unknown or of a wrong type.
+    """
+    run = read_record(path)["run"]
+    names = {field.name for field in fields(Settings)}
+    if set(run) != names:
+        raise ValueError(f"record {path}: missing or unknown in 'run': {', '.join(sorted(set(run) ^ names))}")
+    for name, value in run.items():
+        if not _has_shape(value, _SHAPES[name]):
+            raise ValueError(f"record {path}: {name} has the unusable value {value!r}")
+    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in run.items()})
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the images depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # transformers is needed for text alone
+            continue
+    return found
+
+
+class RunFolder:
+    """Where a run writes.
+
+    Args:
+        path: the folder, which need not exist.
+        settings: the run's settings.
+        schedulers: config of each cell's scheduler, for the record's reader.
+
+    Raises:
+        ValueError: the folder cannot be written, or holds something else than a part of this run.
+    """
+
+    def __init__(self, path: Path, settings: Settings, schedulers: Sequence[Mapping[str, Any]]) -> None:
+        check_writable(path)
+        self.path = path
+        self.settings = settings
+        self._schedulers = schedulers
+        self._begun = (path / RECORD).exists()
+        if self._begun:
+            self._check_same(read_record(path / RECORD))
+        elif any(self.image_path(cell, 0).exists() for cell in settings.cells) or (path / GRID).exists():
+            raise ValueError(f"output {path} holds images but no {RECORD}; choose another folder")
+
+    def _check_same(self, record: Mapping[str, Any]) -> None:
+        mine, theirs = self.settings.to_json(), record["run"]
+        other = [name for name in mine if mine[name] != theirs.get(name)]
+        if other:
+            differing = ", ".join(other)
+            raise ValueError(f"output {self.path} holds another run (different {differing}); choose another folder")
+        now, then = library_versions(), record.get("versions", {})
+        moved = [f"{name} {then.get(name)}, now {now[name]}" for name in now if now[name] != then.get(name)]
+        if moved and record.get("status") != "complete":
+            raise ValueError(f"output {self.path} was begun with {'; '.join(moved)}; choose another folder")
+
+    def image_path(self, cell: Cell, index: int) -> Path:
+        """The file of one image."""
+        return self.path / cell.folder / f"{index:05d}.png"
+
+    def begin(self) -> None:
+        """Writes the record, before the first image."""
+        if not self._begun:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write("running")
+            self._begun = True
+
+    def finish(self) -> None:
+        """Marks the record complete."""
+        self._write("complete")
+
+    def _write(self, status: str) -> None:
+        settings = self.settings
+        key = "prompt" if settings.prompts else "class"
+        content = {
+            "format": FORMAT,
+            "status": status,
+            "run": settings.to_json(),
+            "versions": library_versions(),
+            "cells": [
+                {**asdict(cell), "scheduler": dict(config)}
+                for cell, config in zip(settings.cells, self._schedulers, strict=True)
+            ],
+            "images": [
+                {"file": f"{i:05d}.png", "seed": settings.seed_of(i), key: settings.condition_of(i)}
+                for i in range(settings.number)
+            ],
+        }
+        with replace_file(self.path / RECORD) as file:
+            file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into that becomes ``path`` in one move when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ValueError where a folder can neither be used nor made."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output {path} is a file; give a folder")
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output {path} cannot be made: {existing} is not a writable folder")
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_has_shape(entry, shape[0]) for entry in value)
+    return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))

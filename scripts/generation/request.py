@@ -1,0 +1,168 @@
+"""From the words of the command line to checked settings."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.samplers import SAMPLERS
+
+from .choices import unknown
+from .model import DTYPES, Model
+from .record import Settings
+
+MAX_SEED = 2**32 - 1
+"""The generator of the CPU reads 32 bits of a seed."""
+
+_DEFAULT_NUMBER = 10
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """Numbers of steps such as ``"10"`` or ``"5,10,20"``.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"steps {text!r} is not a whole number, or several with commas between") from None
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Scheduler options from ``key=value`` words; values are JSON where they parse as such, else text.
+
+    Raises:
+        ValueError: a word has no ``=``, or a key comes twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"option {pair!r} is not of the form key=value")
+        if key in options:
+            raise ValueError(f"option {key!r} is given twice")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line; empty lines are left out.
+
+    Raises:
+        ValueError: the file cannot be read as UTF-8 text, or holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts {path} cannot be read: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"prompts {path} holds no prompt; write one a line")
+    return prompts
+
+
+def parse_classes(text: str, model: Model) -> tuple[int, ...]:
+    """Class labels from numbers, ranges and names, as in ``"0,3-5,umbrella"``.
+
+    Raises:
+        ValueError: a part is none of them, or out of the model's range.
+    """
+    if model.kind != "class":
+        raise ValueError(f"classes do not apply: model {model.name!r} is not class-conditional")
+    chosen: list[int] = []
+    for part in (part.strip() for part in text.split(",")):
+        if re.fullmatch(r"\d+", part):
+            chosen.append(int(part))
+        elif match := re.fullmatch(r"(\d+)-(\d+)", part):
+            first, last = int(match[1]), int(match[2])
+            if last < first:
+                raise ValueError(f"classes {part!r} runs backwards; write {last}-{first}")
+            _check_classes((first, last), model)
+            chosen.extend(range(first, last + 1))
+        elif part in model.labels:
+            chosen.append(model.labels[part])
+        else:
+            raise unknown("class", part, model.labels or map(str, model.classes))
+    return tuple(chosen)
+
+
+def default_number(model: Model, given: int) -> int:
+    """Images where the user names no number.
+
+    Args:
+        model: the model.
+        given: number of prompts or classes that the user named; 0 for none.
+    """
+    return given or min(_DEFAULT_NUMBER, len(model.classes) or _DEFAULT_NUMBER)
+
+
+def default_guidance(model: Model) -> float | None:
+    """The guidance scale of the pipeline itself; None where it has none."""
+    parameter = model.parameters.get("guidance_scale")
+    if parameter is None or not isinstance(parameter.default, (int, float)):
+        return None
+    return float(parameter.default)
+
+
+def check_settings(settings: Settings) -> None:
+    """What can be checked without the model.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+    for sampler in settings.samplers:
+        if sampler not in SAMPLERS:
+            raise unknown("sampler", sampler, SAMPLERS)
+    if not settings.samplers or len(set(settings.samplers)) < len(settings.samplers):
+        raise ValueError("compare needs each sampler once")
+    for steps in settings.steps:
+        if steps < 1:
+            raise ValueError(f"steps {steps} is less than 1")
+    if not settings.steps or len(set(settings.steps)) < len(settings.steps):
+        raise ValueError("steps needs each number once")
+    if len(settings.cells) > 1 and not settings.compare:
+        raise ValueError(f"steps {','.join(map(str, settings.steps))}: several numbers of steps need --compare")
+    if settings.number < 1:
+        raise ValueError(f"number {settings.number} is less than 1")
+    if not 0 <= settings.seed <= MAX_SEED - settings.number + 1:
+        raise ValueError(f"seed {settings.seed}: seeds of all images must lie in 0 to {MAX_SEED}")
+    for name, size in (("height", settings.height), ("width", settings.width)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} {size} is less than 1")
+    if settings.dtype not in DTYPES:
+        raise unknown("dtype", settings.dtype, DTYPES)
+
+
+def check_against(settings: Settings, model: Model) -> None:
+    """What depends on the model.
+
+    Raises:
+        ValueError: the model does not take a setting, or needs one that is missing.
+    """
+    title = f"model {settings.model!r}"
+    if settings.prompts and model.kind != "text":
+        what = "classes (--classes)" if model.kind == "class" else "neither prompts nor classes"
+        raise ValueError(f"prompt does not apply: {title} takes {what}")
+    if model.kind == "text" and not settings.prompts:
+        raise ValueError(f"{title} needs a prompt: give --prompt or --prompts")
+    if settings.classes and model.kind != "class":
+        raise ValueError(f"classes do not apply: {title} is not class-conditional")
+    if model.kind == "class":
+        _check_classes(settings.classes or (-1,), model)
+    for name in ("negative_prompt", "guidance_scale", "height", "width"):
+        if getattr(settings, name) is not None and name not in model.parameters:
+            raise ValueError(f"{name.replace('_', '-')} does not apply: {title} takes none")
+
+
+def _check_classes(classes: Sequence[int], model: Model) -> None:
+    for label in classes:
+        if label not in model.classes:
+            span = f"{model.classes[0]} to {model.classes[-1]}"
+            raise ValueError(f"class {label} is out of range: model {model.name!r} has {span}")
