@@ -2,6 +2,7 @@
 
 from .classifier import DigitsClassifier
 from .frechet import frechet_distance
+from .mixture import GaussianMixture, GuidedPair
 from .scores import Agreement, InceptionScore, class_agreement, inception_score
 from .statistics import FeatureStatistics, ReferenceStatistics, digits_statistics
 
@@ -9,6 +10,8 @@ __all__ = [
     "Agreement",
     "DigitsClassifier",
     "FeatureStatistics",
+    "GaussianMixture",
+    "GuidedPair",
     "InceptionScore",
     "ReferenceStatistics",
     "class_agreement",

@@ -59,9 +59,7 @@ class GaussianMixture:
         x = sample.reshape(len(sample), -1).to(self.means.dtype)
         variance = alpha**2 * self.stds**2 + sigma**2
         shift = x[:, None, :] - alpha * self.means
-        log_density = (
-            self.weights.log() - 0.5 * shift.square().sum(-1) / variance - 0.5 * x.shape[1] * variance.log()
-        )
+        log_density = self.weights.log() - 0.5 * shift.square().sum(-1) / variance - 0.5 * x.shape[1] * variance.log()
         posterior = torch.softmax(log_density, dim=1)
         gain = alpha * self.stds**2 / variance
         clean = torch.einsum("bk,bkd->bd", posterior, self.means + gain[:, None] * shift)
@@ -86,7 +84,12 @@ class GaussianMixture:
         raise ValueError(f"prediction_type {prediction_type!r} is unknown")
 
     def solve(
-        self, sample: torch.Tensor, start: tuple[float, float], end: tuple[float, float], *, guidance: GuidedPair | None = None
+        self,
+        sample: torch.Tensor,
+        start: tuple[float, float],
+        end: tuple[float, float],
+        *,
+        guidance: GuidedPair | None = None,
     ) -> torch.Tensor:
         """The probability flow ODE from ``(alpha, sigma)`` to ``(alpha, sigma)``, to about 1e-12.
 

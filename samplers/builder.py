@@ -60,7 +60,9 @@ class PlanBuilder:
 
     def evaluate(self, sample: Value, i: int, measure: Measure) -> Value:
         """Calls the network at grid node ``i``; returns its prediction in the given measure."""
-        return self._evaluate(sample, self.grid.nodes[i], float(self.grid.levels[i]), float(self.grid.timesteps[i]), measure)
+        return self._evaluate(
+            sample, self.grid.nodes[i], float(self.grid.levels[i]), float(self.grid.timesteps[i]), measure
+        )
 
     def evaluate_at_rho(self, sample: Value, rho: float, measure: Measure) -> Value:
         """Calls the network between grid nodes, at ``sigma / alpha = rho``, with a fractional label."""

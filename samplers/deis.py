@@ -144,7 +144,9 @@ class DEISScheduler(PlanScheduler):
         if algorithm_type in ("dpmsolver", "dpmsolver++", "data_prediction", "noise_prediction"):
             self.register_to_config(algorithm_type="deis")
         elif algorithm_type != "deis":
-            raise ValueError(f"algorithm_type {algorithm_type!r} is not a form of DEIS, which solves the ODE; use 'deis'")
+            raise ValueError(
+                f"algorithm_type {algorithm_type!r} is not a form of DEIS, which solves the ODE; use 'deis'"
+            )
         if solver_type in _FOREIGN_FORMS:
             self.register_to_config(solver_type="logrho")
         elif solver_type not in _FORMS:

@@ -141,9 +141,7 @@ def _group_weights(
     return lambda_weights(start, nodes[target], inner, measure=measure, stochastic=stochastic)
 
 
-def _diffusers_third_order(
-    start: Node, target: Node, past: list[Node], measure: Measure, stochastic: bool
-) -> Weights:
+def _diffusers_third_order(start: Node, target: Node, past: list[Node], measure: Measure, stochastic: bool) -> Weights:
     """The third order as diffusers weights it: half the second derivative; in the SDE a constant of wrong sign."""
     exact = lambda_weights(start, target, past, measure=measure, stochastic=stochastic)
     h = target.half_logsnr - start.half_logsnr
@@ -222,7 +220,11 @@ class DPMSolverPPScheduler(PlanScheduler):
         if method not in ("multistep", "singlestep"):
             raise ValueError(f"method {method!r} is unknown; use multistep or singlestep")
         if denoise_to_zero and self.config.final_sigmas_type != "sigma_min":
-            raise ValueError('denoise_to_zero needs final_sigmas_type="sigma_min"; a run to zero needs no more denoising')
+            raise ValueError(
+                'denoise_to_zero needs final_sigmas_type="sigma_min"; a run to zero needs no more denoising'
+            )
+        if self.config.preset is not None and (method == "singlestep" or self.config.algorithm_type != "dpmsolver++"):
+            raise ValueError('preset was measured for the multistep ODE only; use method="multistep" and "dpmsolver++"')
         self._setup()
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
@@ -259,7 +261,9 @@ register("dpm++", DPMSolverPPScheduler, order=2, paper=_PAPER)
 register("dpm++-heun", DPMSolverPPScheduler, order=2, paper=_PAPER, solver_type="heun")
 register("dpm++3m", DPMSolverPPScheduler, order=3, paper=_PAPER, solver_order=3)
 register("dpm++2s", DPMSolverPPScheduler, order=2, paper=_PAPER, method="singlestep")
-register("dpm++3s", DPMSolverPPScheduler, order=3, paper=_PAPER, method="singlestep", solver_order=3, solver_type="heun")
+register(
+    "dpm++3s", DPMSolverPPScheduler, order=3, paper=_PAPER, method="singlestep", solver_order=3, solver_type="heun"
+)
 register("dpm", DPMSolverPPScheduler, order=2, paper="arXiv 2206.00927", algorithm_type="dpmsolver")
 register("dpm3m", DPMSolverPPScheduler, order=3, paper="arXiv 2206.00927", algorithm_type="dpmsolver", solver_order=3)
 register("sde-dpm++1", DPMSolverPPScheduler, order=1, paper=_PAPER, algorithm_type="sde-dpmsolver++", solver_order=1)

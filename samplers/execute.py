@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .plan import NOISE, PREDICTION, SAMPLE, Call, Plan
 
 _FIXED = {SAMPLE: 0, PREDICTION: 1, NOISE: 2}
+
+
+@functools.cache
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or the dtype of the sample where it is wider."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -31,17 +40,24 @@ class Thresholding:
 
 
 class _Step:
-    """A call with its slots as numbers."""
+    """A call with its slots as numbers; a row is its target, its first term and the others."""
 
-    __slots__ = ("alpha", "clean", "drop", "keep_prediction", "keep_sample", "measure", "prediction", "rows", "sigma")
+    __slots__ = ("alpha", "clean", "drop", "is_data", "keep_prediction", "keep_sample", "prediction", "rows", "sigma")
 
     def __init__(self, call: Call, numbers: dict[str, int]) -> None:
-        self.prediction, self.clean, self.measure = call.prediction, call.clean, call.measure
+        self.prediction, self.clean, self.is_data = call.prediction, call.clean, call.measure == "data"
         self.alpha, self.sigma = call.alpha, call.sigma
         self.keep_sample = None if call.keep_sample is None else numbers[call.keep_sample]
         self.keep_prediction = None if call.keep_prediction is None else numbers[call.keep_prediction]
-        self.rows = [(numbers[row.out], [(numbers[slot], c) for slot, c in row.terms]) for row in call.rows]
+        self.rows = []
+        for row in call.rows:
+            (slot, factor), *others = ((numbers[slot], c) for slot, c in row.terms)
+            self.rows.append((numbers[row.out], slot, factor, others))
         self.drop = [numbers[slot] for slot in call.drop]
+
+    def factors(self) -> Iterator[float]:
+        """The coefficients of first terms."""
+        return (factor for _, _, factor, _ in self.rows)
 
 
 class PlanRun:
@@ -64,6 +80,8 @@ class PlanRun:
                     numbers.setdefault(name, len(numbers))
         self._steps = [_Step(call, numbers) for call in plan]
         self._stochastic = [call.is_stochastic for call in plan]
+        self._factors = {c for step in self._steps for c in (step.prediction[0], step.clean[0], *step.factors())}
+        self._bind(torch.float32)
         self._thresholding = thresholding
         self._values: list[torch.Tensor | None] = [None] * len(numbers)
         self._state: torch.Tensor | None = None
@@ -74,6 +92,11 @@ class PlanRun:
     def is_stochastic(self) -> bool:
         """Whether the next step reads noise."""
         return self._stochastic[self.position]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all calls were executed."""
+        return self.position == len(self._steps)
 
     def undo(self) -> None:
         """Takes the last step back."""
@@ -100,20 +123,21 @@ class PlanRun:
             the next input of the network (after the last call: the result) and the predicted clean sample.
         """
         step = self._steps[self.position]
-        self._before = (self._values.copy(), self._state)
-        values = self._values
-        accumulate = torch.promote_types(sample.dtype, torch.float32)
-        x = sample if sample.dtype == accumulate else self._unrounded(sample, accumulate)
+        values: list[Any] = self._values
+        self._before = (values.copy(), self._state)
+        x = sample if sample.dtype is self._dtype else self._widened(sample)
         if self._thresholding is None:
-            m = _affine(step.prediction, x, model_output)
-            clean = m if step.measure == "data" else _affine(step.clean, x, model_output)
+            m = self._affine(step.prediction, x, model_output)
+            clean = m if step.is_data else self._affine(step.clean, x, model_output)
         else:
-            clean = self._thresholding(_affine(step.clean, x, model_output))
-            m = clean if step.measure == "data" else _affine((1.0 / step.sigma, -step.alpha / step.sigma), x, clean)
+            clean = self._thresholding(self._affine(step.clean, x, model_output))
+            m = clean if step.is_data else self._affine((1.0 / step.sigma, -step.alpha / step.sigma), x, clean)
         values[0], values[1], values[2] = x, m, noise
         following = x
-        for out, terms in step.rows:
-            result = _combine(values, terms)
+        for out, slot, factor, others in step.rows:
+            result = values[slot] * self._scalars[factor]
+            for slot, coefficient in others:
+                result.add_(values[slot], alpha=coefficient)
             if out == 0:
                 following = result
             else:
@@ -127,35 +151,38 @@ class PlanRun:
         for slot in step.drop:
             values[slot] = None
         self.position += 1
-        if following.dtype == sample.dtype:
+        if following.dtype is sample.dtype:
             return following, clean
         self._state = following
         return following.to(sample.dtype), clean.to(sample.dtype)
 
-    def _unrounded(self, sample: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _bind(self, dtype: torch.dtype) -> None:
+        """Makes the factors tensors of no dimensions: torch would wrap a Python number anew at every product."""
+        self._dtype = dtype
+        # Not as inference tensors, which autograd refuses in a later call.
+        with torch.inference_mode(False):
+            scalars = torch.tensor([*self._factors], dtype=dtype, device="cpu").unbind()
+        self._scalars = dict(zip(self._factors, scalars, strict=True))
+
+    def _widened(self, sample: torch.Tensor) -> torch.Tensor:
+        """The sample in the dtype of accumulation, unrounded where the last step knows it."""
+        dtype = accumulation_dtype(sample.dtype)
+        if dtype is not self._dtype:
+            self._bind(dtype)
+        if dtype is sample.dtype:
+            return sample
         wide = sample.to(dtype)
         if self._state is None or self._state.shape != sample.shape:
             return wide
         # Elementwise, without asking the device: what a callback changed is taken, the rest stays exact.
         return torch.where(self._state.to(sample.dtype) == sample, self._state, wide)
 
-
-def _affine(pair: tuple[float, float], x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """``p x + q u`` in the dtype of ``x``."""
-    p, q = pair
-    if p == 0.0:
-        u = u.to(x.dtype)
-        return u if q == 1.0 else torch.mul(u, q)
-    if p == 1.0:
-        return torch.add(x, u, alpha=q)
-    return torch.mul(x, p).add_(u, alpha=q)
-
-
-def _combine(values: list[torch.Tensor | None], terms: list[tuple[int, float]]) -> torch.Tensor:
-    slot, coefficient = terms[0]
-    first = values[slot]
-    assert first is not None
-    total = torch.mul(first, coefficient)
-    for slot, coefficient in terms[1:]:
-        total.add_(values[slot], alpha=coefficient)  # type: ignore[arg-type]
-    return total
+    def _affine(self, pair: tuple[float, float], x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """``p x + q u`` in the dtype of ``x``."""
+        p, q = pair
+        if p == 0.0:
+            u = u.to(x.dtype)
+            return u if q == 1.0 else u * q
+        if p == 1.0:
+            return torch.add(x, u, alpha=q)
+        return (x * self._scalars.get(p, p)).add_(u, alpha=q)

@@ -158,7 +158,9 @@ def _custom(
     if timesteps is not None:
         labels_given = np.asarray(timesteps, np.float64)[: len(levels) - ended]
         if len(labels_given) != len(levels) - ended:
-            raise ValueError(f"timesteps has {len(labels_given)} entries and sigmas {len(levels) - ended}; make them equal")
+            raise ValueError(
+                f"timesteps has {len(labels_given)} entries and sigmas {len(levels) - ended}; make them equal"
+            )
     return levels, labels_given, ended
 
 

@@ -97,4 +97,3 @@ def final_order(order: int, i: int, steps: int, *, lower_order_final: bool, end_
     if lower_order_final and steps < 15:
         order = min(order, steps - i)
     return 1 if end_first and i == steps - 1 else order
-

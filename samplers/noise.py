@@ -36,7 +36,9 @@ class NoiseStreams:
         elif batch == 2 * len(self._seeds):
             seeds = self._seeds * 2
         else:
-            raise ValueError(f"manual_seed was given {len(self._seeds)} seeds for a batch of {batch}; give one a sample")
+            raise ValueError(
+                f"manual_seed was given {len(self._seeds)} seeds for a batch of {batch}; give one a sample"
+            )
         streams = []
         for seed in seeds:
             entropy = np.random.SeedSequence((seed % 2**64, step)).generate_state(1, np.uint64)

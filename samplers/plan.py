@@ -110,7 +110,9 @@ class Plan:
     def amplification(self) -> float:
         """Largest sum of absolute prediction weights in a row: how far errors of the network are multiplied."""
         sums = [
-            sum(abs(c) for slot, c in row.terms if slot not in (SAMPLE, NOISE)) for call in self.calls for row in call.rows
+            sum(abs(c) for slot, c in row.terms if slot not in (SAMPLE, NOISE))
+            for call in self.calls
+            for row in call.rows
         ]
         return max(sums, default=0.0)
 

@@ -51,7 +51,9 @@ def _edm(sigma_data: float, sigma: float, prediction_type: str) -> Pair:
         return skip, out
     if prediction_type == "v_prediction":
         return skip, -out
-    raise ValueError(f"prediction_type {prediction_type!r} has no meaning on an EDM schedule; use epsilon or v_prediction")
+    raise ValueError(
+        f"prediction_type {prediction_type!r} has no meaning on an EDM schedule; use epsilon or v_prediction"
+    )
 
 
 def _data_from_noise(noise: Pair, alpha: float, sigma: float) -> Pair | None:

@@ -1,24 +1,53 @@
-"""``preset="accurate"``: spacing, order and ending by measurement."""
+"""``preset="accurate"``: spacing, order and ending by measurement (``presets.json``, made by ``fewstep bench presets``)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import json
+import math
+from importlib import resources
 from typing import Any
 
+PRESETS = ("accurate",)
 
-def apply_preset(scheduler: str, config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """The options that a preset puts in the place of the config's.
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+def check_preset(preset: str | None, scheduler: str, kind: str) -> None:
+    """Refuses presets that do not exist and schedulers that were not measured.
+
+    Raises:
+        ValueError: an unknown preset, or no measurements.
+    """
+    if preset is None:
+        return
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; use one of {', '.join(PRESETS)}")
+    if scheduler not in _table()[kind]:
+        raise ValueError(f"preset {preset!r} was not measured for {scheduler}; use one of {', '.join(_table()[kind])}")
+
+
+def preset_options(scheduler: str, kind: str, steps: int, guidance_scale: float | None) -> dict[str, Any]:
+    """The options that were the most accurate on analytic mixtures.
 
     Args:
         scheduler: class name.
-        config: the scheduler's config, with ``preset`` and ``guidance_scale``.
-        steps: number of steps of the run.
-
-    Raises:
-        ValueError: an unknown preset.
+        kind: of the schedule: ``vp``, ``flow`` or ``edm``.
+        steps: number of steps; the nearest measured number decides, on a logarithmic scale.
+        guidance_scale: the nearest measured scale decides; ``None`` means strong guidance, whose choices are
+            stable without guidance too.
     """
-    if config["preset"] is None:
-        return {}
-    if config["preset"] != "accurate":
-        raise ValueError(f"preset {config['preset']!r} is unknown; use accurate")
-    return {}
+    by_guidance = _table()[kind][scheduler]
+    scales = sorted(by_guidance, key=float)
+    scale = scales[-1]
+    if guidance_scale is not None:
+        scale = min(scales, key=lambda s: abs(math.log(float(s)) - math.log(max(guidance_scale, 1.0))))
+    by_steps = by_guidance[scale]
+    nearest = min(by_steps, key=lambda n: abs(math.log(int(n)) - math.log(steps)))
+    return {**dict.fromkeys(_SPACINGS, False), "denoise_to_zero": False, **by_steps[nearest]["options"]}
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(resources.files(__package__).joinpath("presets.json").read_text())
+    return table

@@ -65,6 +65,10 @@ class NoiseSchedule(ABC):
     def time(self, level: ArrayLike) -> Array:
         """The model time in which tAB-DEIS interpolates; strictly increasing in the level, finite at level 0."""
 
+    def training_levels(self) -> Array:
+        """One level a training timestep, increasing."""
+        return self.level(np.arange(self.num_train_timesteps))
+
     def in_scale(self, level: float) -> float:
         """Factor on the sample before it enters the network."""
         return 1.0
@@ -203,6 +207,9 @@ class FlowSchedule(NoiseSchedule):
     def level(self, timestep: ArrayLike) -> Array:
         return np.asarray(timestep, np.float64) / self.num_train_timesteps
 
+    def training_levels(self) -> Array:
+        return self.level(np.arange(1, self.num_train_timesteps + 1))
+
     def time(self, level: ArrayLike) -> Array:
         return np.asarray(level, np.float64)
 
@@ -230,7 +237,9 @@ class EDMSchedule(NoiseSchedule):
         self, sigma_data: float, sigma_min: float = 0.002, sigma_max: float = 80.0, num_train_timesteps: int = 1000
     ) -> None:
         if not (sigma_data > 0 and 0 < sigma_min < sigma_max):
-            raise ValueError(f"sigma_data {sigma_data}, sigma_min {sigma_min}, sigma_max {sigma_max}: need 0 < min < max")
+            raise ValueError(
+                f"sigma_data {sigma_data}, sigma_min {sigma_min}, sigma_max {sigma_max}: need 0 < min < max"
+            )
         self.sigma_data = sigma_data
         self.num_train_timesteps = num_train_timesteps
         self.max_level, self.min_level = sigma_max, sigma_min
@@ -258,6 +267,9 @@ class EDMSchedule(NoiseSchedule):
             (upper - lower) / 2 * weights,
             np.asarray(upper - lower),
         )
+
+    def training_levels(self) -> Array:
+        return np.geomspace(self.min_level, self.max_level, self.num_train_timesteps)
 
     def in_scale(self, level: float) -> float:
         return 1.0 / math.sqrt(level * level + self.sigma_data**2)

@@ -15,12 +15,12 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 
 from .builder import PlanBuilder
-from .execute import PlanRun, Thresholding
+from .execute import PlanRun, Thresholding, accumulation_dtype
 from .grid import Grid, make_grid
 from .noise import NoiseStreams, draw_from
 from .plan import Plan
 from .prediction import PREDICTION_TYPES
-from .presets import apply_preset
+from .presets import check_preset, preset_options
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, schedule_from_config
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
         if config.sigma_schedule not in ("karras", "exponential"):
             raise ValueError(f"sigma_schedule {config.sigma_schedule!r} is unknown; use karras or exponential")
-        if config.variance_type not in (None, "learned", "learned_range", "fixed_small", "fixed_small_log", "fixed_large"):
+        if config.variance_type not in (
+            None,
+            "learned",
+            "learned_range",
+            "fixed_small",
+            "fixed_small_log",
+            "fixed_large",
+        ):
             self.register_to_config(variance_type=None)
         if config.thresholding and not 0.0 < config.dynamic_thresholding_ratio <= 1.0:
             raise ValueError(f"dynamic_thresholding_ratio {config.dynamic_thresholding_ratio} must lie in (0, 1]")
@@ -121,16 +128,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"prediction_type {config.prediction_type!r} has no meaning on an EDM schedule")
         if not isinstance(self.schedule, FlowSchedule) and config.use_dynamic_shifting and config.use_flow_sigmas:
             raise ValueError("use_dynamic_shifting needs a flow schedule")
-        apply_preset(type(self).__name__, config, 10)
+        check_preset(config.preset, type(self).__name__, self.schedule.kind)
         self.init_noise_sigma = 1.0
         if isinstance(self.schedule, EDMSchedule):
             self.init_noise_sigma = math.sqrt(self.schedule.max_level**2 + 1.0)
         self.num_inference_steps: int | None = None
-        count = self.schedule.num_train_timesteps
-        self.timesteps = torch.arange(count - 1, -1, -1, dtype=torch.float32)
-        self.sigmas = torch.from_numpy(self.schedule.level(np.arange(count)) if count else np.zeros(0)).float()
+        levels = self.schedule.training_levels()
+        self.timesteps = torch.from_numpy(self.schedule.timestep(levels[::-1])).float()
+        self.sigmas = torch.from_numpy(levels).float()
         self._grid: Grid | None = None
         self._plan: Plan | None = None
+        self._times: tuple[Any, ...] = ()
+        self._plan_config: Any = None
         self._run: PlanRun | None = None
         self._streams: NoiseStreams | None = None
         self._step_index: int | None = None
@@ -167,18 +176,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: contradicting or impossible times.
         """
-        options = self._options(num_inference_steps if timesteps is None and sigmas is None else None)
-        self._grid = make_grid(
-            self.schedule,
-            options,
-            num_inference_steps if num_inference_steps is None else int(num_inference_steps),
-            timesteps=_as_list(timesteps),
-            sigmas=_as_list(sigmas),
-            mu=mu,
-        )
+        count = None if num_inference_steps is None else int(num_inference_steps)
+        labels_given, levels_given = _as_list(timesteps), _as_list(sigmas)
+        # The same times again: the plan stays. A changed config is another object.
+        times = (count, labels_given, levels_given, mu)
+        if self._grid is None or self._plan is None or self._times != times or self._plan_config is not self.config:
+            self._plan = None
+            options = self._options(count if labels_given is None and levels_given is None else None)
+            self._grid = make_grid(self.schedule, options, count, timesteps=labels_given, sigmas=levels_given, mu=mu)
+            self._plan = self._compile(0)
+            self._times, self._plan_config = times, self.config
         self._begin_index = self._step_index = None
-        self._plan = self._compile(0)
-        self._run = None
+        self._start_run(self._plan, 0)
         self.num_inference_steps = self._grid.steps
         labels = np.array([call.timestep for call in self._plan])
         whole = isinstance(self.schedule, DiscreteVPSchedule) and bool((labels == np.round(labels)).all())
@@ -199,7 +208,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _options(self, steps: int | None) -> dict[str, Any]:
         options = {**self.config, "flow_grid": self._flow_grid}
         if self.config.preset is not None and steps is not None:
-            options.update(apply_preset(type(self).__name__, self.config, steps))
+            chosen = preset_options(type(self).__name__, self.schedule.kind, steps, self.config.guidance_scale)
+            options.update(chosen)
         self._chosen = options
         return options
 
@@ -243,7 +253,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("num_inference_steps is None: call set_timesteps before step")
         if self._step_index is None:
             self._step_index = self._first_index(timestep)
-        run = self._current_run()
+        run = self._run
+        if run is None or run.position + self._run_start != self._step_index or run.is_over:
+            run = self._current_run()
         if model_output.shape != sample.shape:
             model_output = self._mean_of(model_output, sample)
         noise = None
@@ -258,7 +270,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _current_run(self) -> PlanRun:
         """The run that stands at ``step_index``: the one under way, taken back by one step, or a new one."""
         index = self._step_index
-        assert index is not None and self._plan is not None
+        assert index is not None
+        assert self._plan is not None
         if index >= len(self._plan):
             raise ValueError(f"the run is over after {len(self._plan)} steps; call set_timesteps for another one")
         if self._run is not None:
@@ -268,7 +281,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 return self._run
             if index == position:
                 return self._run
-        plan = self._plan if index == 0 else self._compile(index)
+        return self._start_run(self._plan if index == 0 else self._compile(index), index)
+
+    def _start_run(self, plan: Plan, index: int) -> PlanRun:
         threshold = None
         if self.config.thresholding:
             threshold = Thresholding(self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
@@ -291,7 +306,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None,
         variance_noise: torch.Tensor | None,
     ) -> torch.Tensor:
-        dtype = torch.promote_types(sample.dtype, torch.float32)
+        dtype = accumulation_dtype(sample.dtype)
         if variance_noise is not None:
             return variance_noise.to(sample.device, dtype)
         if generator is None and self._streams is not None:
@@ -361,9 +376,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             self._step_index = self._first_index(timestep)
         return sample * self._plan.calls[self._step_index].in_scale
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """``alpha x_0 + sigma noise`` at the timesteps.
 
         During a run that has a ``begin_index`` it is the level of the next step (image to image, inpainting).

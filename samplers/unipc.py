@@ -167,7 +167,9 @@ def _predictor_options(name: str) -> tuple[PlanScheduler, dict[str, Any]]:
     """The scheduler that writes a registered multistep predictor, and its own options."""
     sampler = SAMPLERS.get(name)
     usable = [
-        key for key, s in SAMPLERS.items() if hasattr(s.scheduler, "_predictor") and not s.stochastic and _plain(s.options)
+        key
+        for key, s in SAMPLERS.items()
+        if hasattr(s.scheduler, "_predictor") and not s.stochastic and _plain(s.options)
     ]
     if sampler is None or name not in usable:
         raise ValueError(f"solver_p {name!r} is no deterministic multistep sampler; use one of {', '.join(usable)}")

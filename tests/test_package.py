@@ -164,6 +164,18 @@ def test_samplers_import_no_heavy_package() -> None:
     assert _run(program).strip() == "[]"
 
 
+def test_the_sampler_of_the_contributors_guide_works() -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    program = example.replace("from .", "from fewstep.samplers.") + (
+        "from fewstep.samplers import SAMPLERS\n"
+        "same = [SAMPLERS[name].build({}) for name in ('adams-bashforth', 'dpm++-heun')]\n"
+        "for scheduler in same: scheduler.set_timesteps(15)\n"
+        "print(same[0].plan.calls == same[1].plan.calls)\n"
+    )
+    assert _run(program).strip() == "True"
+
+
 def _run(program: str, cwd: Path | None = None, **environment: str) -> str:
     """What a fresh interpreter prints, with no way to the model hub."""
     result = subprocess.run(

@@ -1,0 +1,1 @@
+"""Measurements of samplers: cost of a step, order of convergence, accuracy a network call."""

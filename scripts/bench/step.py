@@ -1,0 +1,197 @@
+"""What a step costs beside the network: our schedulers against diffusers' classes of the same configuration."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fewstep.samplers import DEISScheduler, DPMSolverPPScheduler, PlanScheduler, UniPCScheduler
+
+from .output import STABLE_DIFFUSION, table
+
+STEPS = 20
+SHAPES = ((1, 4, 64, 64), (16, 4, 64, 64), (256, 3, 32, 32))
+
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+_SINGLE = {**STABLE_DIFFUSION, "lower_order_final": True}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A configuration that both libraries have.
+
+    Attributes:
+        theirs: name of diffusers' class.
+        config: of diffusers' class.
+        ours: scheduler that reads its config.
+        options: ours beside that.
+    """
+
+    theirs: str
+    config: Mapping[str, Any]
+    ours: type[PlanScheduler]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> tuple[Any, Any]:
+        """Our scheduler and diffusers'."""
+        theirs = getattr(diffusers, self.theirs)(**self.config)
+        return self.ours.from_config(theirs.config, **self.options), theirs
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps read noise."""
+        return str(self.config.get("algorithm_type", "")).startswith("sde-")
+
+
+def _dpm(theirs: str = "DPMSolverMultistepScheduler", /, **config: Any) -> Pair:
+    options = {"method": "singlestep"} if "Singlestep" in theirs else {"diffusers_third_order": True}
+    return Pair(theirs, {**STABLE_DIFFUSION, **config}, DPMSolverPPScheduler, options)
+
+
+_SINGLESTEP = "DPMSolverSinglestepScheduler"
+_DEIS, _UNIPC = "DEISMultistepScheduler", "UniPCMultistepScheduler"
+
+PAIRS: Mapping[str, Pair] = {
+    "dpm++1": _dpm(solver_order=1),
+    "dpm++2": _dpm(),
+    "dpm++2-heun": _dpm(solver_type="heun"),
+    "dpm++3": _dpm(solver_order=3),
+    "sde-dpm++2": _dpm(algorithm_type="sde-dpmsolver++"),
+    "dpm2": _dpm(algorithm_type="dpmsolver", final_sigmas_type="sigma_min"),
+    "dpm++2s": _dpm(_SINGLESTEP, lower_order_final=True),
+    "dpm++3s": _dpm(_SINGLESTEP, solver_order=3, lower_order_final=True),
+    "deis2": Pair(_DEIS, STABLE_DIFFUSION, DEISScheduler),
+    "deis3": Pair(_DEIS, {**STABLE_DIFFUSION, "solver_order": 3}, DEISScheduler),
+    "unipc2": Pair(_UNIPC, STABLE_DIFFUSION, UniPCScheduler),
+    "unipc3": Pair(_UNIPC, {**STABLE_DIFFUSION, "solver_order": 3}, UniPCScheduler),
+    "dpm++2-flow": Pair("DPMSolverMultistepScheduler", _FLOW, DPMSolverPPScheduler),
+    "unipc2-flow": Pair(_UNIPC, _FLOW, UniPCScheduler),
+}
+"""What is compared, by name."""
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the tensor operations that reach the dispatcher.
+
+    Attributes:
+        names: how often each operation ran.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a run without a network: a noisy sample, the output of every call, the noise of every step."""
+
+    sample: torch.Tensor
+    output: torch.Tensor
+    noise: torch.Tensor | None
+
+    @classmethod
+    def of(cls, shape: Sequence[int], stochastic: bool) -> Inputs:
+        """Normal numbers; drawing noise is not what is measured."""
+        generator = torch.Generator().manual_seed(0)
+        sample, output, noise = (torch.randn(*shape, generator=generator) for _ in range(3))
+        return cls(sample, output, noise if stochastic else None)
+
+
+def run(scheduler: Any, labels: Sequence[torch.Tensor], inputs: Inputs) -> torch.Tensor:
+    """All steps of a run whose times are set."""
+    scheduler.set_begin_index(0)
+    sample, output = inputs.sample, inputs.output
+    if inputs.noise is None:
+        for label in labels:
+            sample = scheduler.step(output, label, sample, return_dict=False)[0]
+    else:
+        for label in labels:
+            sample = scheduler.step(output, label, sample, variance_noise=inputs.noise, return_dict=False)[0]
+    return sample
+
+
+def count_operations(scheduler: Any, inputs: Inputs, steps: int = STEPS) -> Counter[str]:
+    """The tensor operations of a whole run, ``set_timesteps`` left out."""
+    scheduler.set_timesteps(steps)
+    labels = list(scheduler.timesteps)
+    with OperationCounter() as counter:
+        run(scheduler, labels, inputs)
+    return counter.names
+
+
+def measure(name: str, shape: Sequence[int], seconds: float) -> dict[str, Any]:
+    """Times one pair on one shape, run by run in turn, so that a busy machine slows both.
+
+    Args:
+        name: key of ``PAIRS``.
+        shape: of the sample.
+        seconds: how long, at least; never fewer than three runs of each.
+
+    Returns:
+        medians: microseconds a step, milliseconds of ``set_timesteps`` (another number of steps, the same again), and
+        operations a step; first ours, then diffusers'.
+    """
+    pair = PAIRS[name]
+    inputs = Inputs.of(shape, pair.stochastic)
+    schedulers = pair.build()
+    # What a network does: freeing one large tensor makes glibc keep memory, or page faults are what is measured.
+    torch.empty(8_000_000)
+    operations = [sum(count_operations(scheduler, inputs).values()) / STEPS for scheduler in schedulers]
+    steps: tuple[list[float], list[float]] = ([], [])
+    # The first and the second time that the same number of steps is set.
+    settings: tuple[list[list[float]], list[list[float]]] = ([[], []], [[], []])
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(steps[0]) < 3:
+        for k, scheduler in enumerate(schedulers):
+            scheduler.set_timesteps(STEPS + 1)
+            for seconds_taken in settings[k]:
+                clock = time.perf_counter()
+                scheduler.set_timesteps(STEPS)
+                seconds_taken.append(time.perf_counter() - clock)
+            labels = list(scheduler.timesteps)
+            clock = time.perf_counter()
+            run(scheduler, labels, inputs)
+            steps[k].append((time.perf_counter() - clock) / STEPS)
+    ours, theirs = (1e6 * statistics.median(times) for times in steps)
+    return {
+        "sampler": name,
+        "shape": list(shape),
+        "runs": len(steps[0]),
+        "step_us": [ours, theirs],
+        "ratio": theirs / ours,
+        "set_timesteps_ms": [[1e3 * statistics.median(times) for times in both] for both in settings],
+        "operations": operations,
+    }
+
+
+def step_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The results as text, a line a sampler."""
+    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in results))
+    header = ["us a step, ours / diffusers"]
+    header += ["x".join(map(str, shape)) for shape in shapes] + ["operations", "set_timesteps, ms"]
+    rows = []
+    for name in dict.fromkeys(r["sampler"] for r in results):
+        cells = {tuple(r["shape"]): r for r in results if r["sampler"] == name}
+        row = [name]
+        for shape in shapes:
+            ours, theirs = cells[shape]["step_us"]
+            row.append(f"{ours:.1f} / {theirs:.1f} = 1 : {cells[shape]['ratio']:.1f}")
+        first = cells[shapes[0]]
+        row.append("{:.1f} / {:.1f}".format(*first["operations"]))
+        (new, again), (theirs_new, _) = first["set_timesteps_ms"]
+        row.append(f"{new:.2f}, again {again:.2f} / {theirs_new:.2f}")
+        rows.append(row)
+    return table(header, rows)

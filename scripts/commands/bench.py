@@ -1,0 +1,127 @@
+"""``fewstep bench``: cost of a step, order of convergence, accuracy a network call, and quality on digits."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+_FILE = click.Path(path_type=Path)
+_DIGITS = "Measure the images of a digit model."
+
+
+class _BenchGroup(click.Group):
+    """Imports ``digits``, which needs the metrics, on its first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), "digits"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name != "digits":
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = importlib.import_module(f"{__package__}.digits").digits
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
+        with formatter.section("Commands"):
+            formatter.write_dl([*sorted(commands), ("digits", _DIGITS)])
+
+
+@click.group(cls=_BenchGroup)
+def bench() -> None:
+    """Measure samplers."""
+
+
+@bench.command()
+@click.option("--samplers", metavar="A,B,...", help="Some of the table's lines.  [default: all]")
+@click.option("--seconds", type=click.FloatRange(0.0), default=1.0, show_default=True, help="Time a cell, at least.")
+@click.option("--json", "json_file", type=_FILE, help="File for the figures.")
+def step(samplers: str | None, seconds: float, json_file: Path | None) -> None:
+    """Time a step without the network, against diffusers.
+
+    Whole runs of 20 steps, ours and diffusers' in turn, on three shapes of the sample; the median. Also how many
+    tensor operations a step takes, and how long set_timesteps takes.
+    """
+    from tqdm import tqdm
+
+    from ..bench.output import check_files, environment, write_json
+    from ..bench.step import PAIRS, SHAPES, STEPS, measure, step_table
+    from ..generation.choices import unknown
+
+    check_files(json_file)
+    names = list(PAIRS) if samplers is None else samplers.split(",")
+    for name in names:
+        if name not in PAIRS:
+            raise unknown("samplers", name, PAIRS)
+    cells = [(name, shape) for name in names for shape in SHAPES]
+    results = [measure(name, shape, seconds) for name, shape in tqdm(cells, desc="step", unit="cell", leave=False)]
+    click.echo(step_table(results))
+    if json_file is not None:
+        write_json(json_file, {"environment": environment(), "steps": STEPS, "results": results})
+
+
+@bench.command()
+@click.option("--json", "json_file", type=_FILE, help="File for the figures.")
+@click.option("--markdown", "markdown_file", type=_FILE, help="File for the table.")
+def orders(json_file: Path | None, markdown_file: Path | None) -> None:
+    """Measure orders of convergence, and compare them with the stated ones.
+
+    Every sampler, diffusers' classes, and k-diffusion and azula where they are installed, on a mixture of two Gaussians
+    whose trajectories are known, over a smooth grid of uneven steps. Of SDE solvers it is the drift, with the noise
+    switched off. The columns N hold the largest error after N steps.
+    """
+    from tqdm import tqdm
+
+    from ..bench.foreign import missing
+    from ..bench.orders import all_orders, orders_table
+    from ..bench.output import check_files, environment, write_json, write_text
+
+    check_files(json_file, markdown_file)
+    results = list(tqdm(all_orders(), desc="orders", unit="solver", leave=False))
+    click.echo(orders_table(results))
+    for library in missing():
+        click.echo(f"left out: {library} is not installed")
+    if json_file is not None:
+        content = [{**asdict(result), "measured": result.order} for result in results]
+        write_json(json_file, {"environment": environment(), "missing": missing(), "results": content})
+    if markdown_file is not None:
+        write_text(markdown_file, orders_table(results, markdown=True) + "\n")
+
+
+@bench.command()
+@click.option("--json", "json_file", type=_FILE, help="File for the figures.")
+@click.option("--plot", "plot_file", type=_FILE, help="File for the picture: png, svg or pdf.")
+def accuracy(json_file: Path | None, plot_file: Path | None) -> None:
+    """Measure the error over the number of network calls, against diffusers.
+
+    A mixture of Gaussians in 64 dimensions, the noise schedule of Stable Diffusion, and the root mean square distance
+    of the samples from where the exact probability flow ends, over 64 noises.
+    """
+    from tqdm import tqdm
+
+    from ..bench.accuracy import accuracy_curves, accuracy_table, check_plot, plot_accuracy
+    from ..bench.output import check_files, environment, write_json
+
+    check_files(json_file, plot_file)
+    if plot_file is not None:
+        check_plot(plot_file)
+    curves = list(tqdm(accuracy_curves(), desc="accuracy", unit="curve", leave=False))
+    click.echo(accuracy_table(curves))
+    if json_file is not None:
+        write_json(json_file, {"environment": environment(), "curves": [asdict(curve) for curve in curves]})
+    if plot_file is not None:
+        plot_accuracy(curves, plot_file)
+
+
+@bench.command()
+@click.option("--json", "json_file", type=_FILE, required=True, help="File for the table.")
+def presets(json_file: Path) -> None:
+    """Search for the options of preset="accurate", for samplers/presets.json."""
+    from ..bench.output import check_files
+    from ..bench.presets import measure_presets, write_presets
+
+    check_files(json_file)
+    write_presets(measure_presets(), json_file)
