@@ -157,10 +157,8 @@ class DEISScheduler(PlanScheduler):
         if self.config.final_sigmas_type is None:
             self.register_to_config(final_sigmas_type="zero" if self.config.use_flow_sigmas else "sigma_min")
         self._setup()
-        self.order = self._calls_per_step(self.config)
-
-    def _calls_per_step(self, options: Mapping[str, Any]) -> int:
-        return int(options["solver_order"]) if options["solver_type"] == "rhork" else 1
+        if self.config.solver_type == "rhork" and self.config.preset is None:
+            self.order = self.config.solver_order
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
         if options["solver_type"] == "rhork":

@@ -78,6 +78,7 @@ def singlestep(
     stochastic: bool,
     form: Form,
     lower_order_final: bool,
+    euler_at_final: bool,
     diffusers_third_order: bool,
 ) -> Plan:
     """Singlestep DPM-Solver(++): arXiv 2211.01095, algorithm 1 (2S), and order 3.
@@ -92,11 +93,12 @@ def singlestep(
         stochastic: the SDE, with fresh noise in every call.
         form: ``midpoint``, or ``heun`` (at order 3 exact for any position of the inner nodes).
         lower_order_final: end with lower orders rather than with a full group.
+        euler_at_final: first order on the last step in any case.
         diffusers_third_order: diffusers' constant in the third order of the SDE's ``heun`` form.
     """
     nodes, steps = plan.grid.nodes, plan.grid.steps
     orders = singlestep_orders(order, steps, lower_order_final or nodes[-1].sigma == 0.0)
-    if nodes[-1].sigma == 0.0:
+    if euler_at_final or nodes[-1].sigma == 0.0:
         orders[-1] = 1
     x = base = plan.initial
     group: list[tuple[int, Value]] = []
@@ -181,7 +183,7 @@ class DPMSolverPPScheduler(PlanScheduler):
         solver_order: 1, 2 or 3. Order 2 for guided sampling, 3 for unconditional.
         algorithm_type: ``dpmsolver++``, ``dpmsolver``, ``sde-dpmsolver++`` or ``sde-dpmsolver``.
         solver_type: ``midpoint`` or ``heun``.
-        method: ``multistep`` or ``singlestep`` (2S, 3S; a step is one network call in both).
+        method: ``multistep`` or ``singlestep`` (2S, 3S; a step is one network call in both; not ``sde-dpmsolver``).
         lower_order_final: lower orders on the last steps, below 15 steps (multistep), or always (singlestep).
         euler_at_final: first order on the last step.
         denoise_to_zero: one more call that goes from ``sigma_min`` to 0 by the clean prediction; needs
@@ -219,6 +221,11 @@ class DPMSolverPPScheduler(PlanScheduler):
             raise ValueError(f"solver_order {solver_order} must be 1, 2 or 3")
         if method not in ("multistep", "singlestep"):
             raise ValueError(f"method {method!r} is unknown; use multistep or singlestep")
+        if method == "singlestep" and self.config.algorithm_type == "sde-dpmsolver":
+            raise ValueError(
+                "algorithm_type 'sde-dpmsolver' has no singlestep form: it multiplies the noise of its stages by "
+                "sigma / alpha; use method=\"multistep\" or algorithm_type=\"sde-dpmsolver++\""
+            )
         if denoise_to_zero and self.config.final_sigmas_type != "sigma_min":
             raise ValueError(
                 'denoise_to_zero needs final_sigmas_type="sigma_min"; a run to zero needs no more denoising'
@@ -237,6 +244,7 @@ class DPMSolverPPScheduler(PlanScheduler):
                 stochastic=stochastic,
                 form=options["solver_type"],
                 lower_order_final=options["lower_order_final"],
+                euler_at_final=options["euler_at_final"],
                 diffusers_third_order=options["diffusers_third_order"],
             )
         return multistep(plan, self._predictor(plan.grid, options))

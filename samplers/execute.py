@@ -98,6 +98,10 @@ class PlanRun:
         """Whether all calls were executed."""
         return self.position == len(self._steps)
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a later step reads this very tensor."""
+        return any(value is tensor for value in self._values)
+
     def undo(self) -> None:
         """Takes the last step back."""
         self._values, self._state = self._before

@@ -126,8 +126,9 @@ class Plan:
             for slot, source in ((call.keep_sample, SAMPLE), (call.keep_prediction, PREDICTION)):
                 if slot:
                     lines.append(f"{'':>34}  {slot} = {source}")
-            for row in call.rows:
-                lines.append(f"{'':>34}  {row.out} = " + " ".join(f"{c:+.6f} {slot}" for slot, c in row.terms))
+            lines.extend(
+                f"{'':>34}  {row.out} = " + " ".join(f"{c:+.6f} {slot}" for slot, c in row.terms) for row in call.rows
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,9 +143,8 @@ class Plan:
             ValueError: another format or version, or missing fields.
         """
         if data.get("format") != _FORMAT or data.get("version") != _VERSION:
-            raise ValueError(
-                f"this is no plan of version {_VERSION} (format {data.get('format')!r}, version {data.get('version')!r})"
-            )
+            found = f"format {data.get('format')!r}, version {data.get('version')!r}"
+            raise ValueError(f"this is no plan of version {_VERSION} ({found})")
         try:
             calls = []
             for entry in data["calls"]:

@@ -171,7 +171,8 @@ class DiscreteVPSchedule(NoiseSchedule):
             )
         else:
             raise ValueError(
-                f"beta_schedule {beta_schedule!r} is unknown; use linear, scaled_linear, squaredcos_cap_v2 or trained_betas"
+                f"beta_schedule {beta_schedule!r} is unknown; use linear, scaled_linear or squaredcos_cap_v2, "
+                "or pass trained_betas"
             )
         if rescale_zero_snr:
             betas = _rescale_zero_terminal_snr(betas)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,14 +16,13 @@ from diffusers.utils import BaseOutput
 
 from .builder import PlanBuilder
 from .execute import PlanRun, Thresholding, accumulation_dtype
+from .foreign import options_from
 from .grid import Grid, make_grid
 from .noise import NoiseStreams, draw_from
 from .plan import Plan
 from .prediction import PREDICTION_TYPES
 from .presets import check_preset, preset_options
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, schedule_from_config
-
-logger = logging.getLogger(__name__)
 
 Floats = Sequence[float] | np.ndarray | torch.Tensor
 
@@ -63,6 +62,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     # ---------------------------------------------------------------- construction
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # A pipeline that loads a component looks for its base class in the component's own module.
+        vars(sys.modules[cls.__module__]).setdefault("SchedulerMixin", SchedulerMixin)
+
     @classmethod
     def from_config(
         cls,
@@ -74,16 +78,19 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     ) -> Any:
         """Makes the scheduler from any diffusers scheduler's config.
 
-        Flow matching and EDM configs are recognised by their class name or keys and become the options that say so.
+        Flow matching and EDM configs are recognised and become the options that say so.
 
         Args:
             config: a scheduler's ``config``, or a dict of options.
             return_unused_kwargs: also return what was not an option.
             preset: ``"accurate"`` chooses spacing, order and ending by measurement (see ``ScheduleConfig``).
             kwargs: options that override the config.
+
+        Raises:
+            ValueError: the config of a model that is neither variance preserving nor rectified flow nor EDM.
         """
         if config is not None:
-            kwargs = {**_translated(config), **kwargs}
+            kwargs = {**options_from(config), **kwargs}
         if preset is not None:
             kwargs["preset"] = preset
         return super().from_config(config, return_unused_kwargs, **kwargs)
@@ -150,10 +157,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Writes the class's plan with the given options (the config, or what a preset made of it)."""
         raise NotImplementedError
 
-    def _calls_per_step(self, options: Mapping[str, Any]) -> int:
-        """Network calls between two grid nodes."""
-        return 1
-
     # ---------------------------------------------------------------- times
 
     def set_timesteps(
@@ -177,7 +180,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             ValueError: contradicting or impossible times.
         """
         count = None if num_inference_steps is None else int(num_inference_steps)
-        labels_given, levels_given = _as_list(timesteps), _as_list(sigmas)
+        labels_given, levels_given = _as_list("timesteps", timesteps), _as_list("sigmas", sigmas)
         # The same times again: the plan stays. A changed config is another object.
         times = (count, labels_given, levels_given, mu)
         if self._grid is None or self._plan is None or self._times != times or self._plan_config is not self.config:
@@ -213,14 +216,21 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._chosen = options
         return options
 
-    def _compile(self, start: int) -> Plan:
+    def _compile(self, first: int) -> Plan:
+        """The plan from the run's call ``first`` on."""
         assert self._grid is not None
-        calls = self._calls_per_step(self._chosen)
-        if start % calls:
-            raise ValueError(f"begin_index {start} lies inside a step; use a multiple of order={calls}")
+        node = 0
+        if first:
+            assert self._plan is not None
+            node = int(np.abs(self._grid.levels[:-1] - self._plan.calls[first].level).argmin())
         name = f"{type(self).__name__}, {self._grid.steps} steps"
-        builder = PlanBuilder(self._grid, self.config.prediction_type, start=start // calls, name=name)
-        return self._write(builder, self._chosen)
+        builder = PlanBuilder(self._grid, self.config.prediction_type, start=node, name=name)
+        plan = self._write(builder, self._chosen)
+        if first and self._plan is not None:
+            rest = self._plan.calls[first:]
+            if [call.level for call in plan] != [call.level for call in rest]:
+                raise ValueError(f"begin_index {first} lies inside a step; use the first of its {self.order} calls")
+        return plan
 
     # ---------------------------------------------------------------- a step
 
@@ -241,7 +251,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sample: what the network saw, ``(batch, C, ...)``, of any floating dtype.
             generator: of the noise of stochastic plans; a list gives each sample its own.
             variance_noise: the noise itself, shaped like ``sample``.
-            return_dict: a ``PlanSchedulerOutput``, or else the tuple of its fields.
+            return_dict: a ``PlanSchedulerOutput``, or else the tuple of its fields, whose clean sample may be one that
+                later steps read: not to be written to.
 
         Returns:
             next sample in the dtype of ``sample``, and the predicted clean sample.
@@ -265,6 +276,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._step_index += 1
         if not return_dict:
             return following, clean
+        if run.holds(clean):
+            clean = clean.clone()
         return PlanSchedulerOutput(prev_sample=following, pred_original_sample=clean)
 
     def _current_run(self) -> PlanRun:
@@ -339,7 +352,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return self._begin_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts the run at a later entry of ``timesteps`` (image to image); the plan is compiled from there."""
+        """Starts the run at a later entry of ``timesteps`` (image to image); the plan is compiled from there.
+
+        Raises:
+            ValueError: no entry of ``timesteps`` has this index.
+        """
+        if self._plan is not None and not 0 <= begin_index < len(self._plan):
+            raise ValueError(f"begin_index {begin_index} must lie in 0 to {len(self._plan) - 1}; more steps leave some")
         self._begin_index = begin_index
 
     def index_for_timestep(self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None) -> int:
@@ -421,34 +440,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return self.schedule.num_train_timesteps
 
 
-def _as_list(values: Floats | None) -> list[float] | None:
+def _as_list(name: str, values: Floats | None) -> list[float] | None:
     if values is None:
         return None
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
-    return [float(v) for v in values]
-
-
-def _translated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that a foreign config implies by its class rather than by its keys."""
-    name = str(config.get("_class_name", ""))
-    if name.startswith("EDM"):
-        keys = ("sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho")
-        return {key: config[key] for key in keys if key in config}
-    flow_keys = ("shift", "base_shift")
-    is_flow = name.startswith("FlowMatch") or (
-        "use_flow_sigmas" not in config and "beta_start" not in config and any(key in config for key in flow_keys)
-    )
-    if not is_flow:
-        return {}
-    logger.info("%s is a flow matching config: use_flow_sigmas=True, prediction_type='flow_prediction'", name or "This")
-    keys = ("use_dynamic_shifting", "time_shift_type", "shift_terminal", *PIPELINE_KEYS)
-    return {
-        "use_flow_sigmas": True,
-        "prediction_type": "flow_prediction",
-        "flow_shift": config.get("shift", 1.0),
-        **{key: config[key] for key in keys if config.get(key) is not None},
-    }
-
-
-PIPELINE_KEYS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        array = np.empty((0, 0))
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError(f"{name} must be a list of at least one number, got {values!r}")
+    numbers: list[float] = array.tolist()
+    return numbers
