@@ -40,24 +40,63 @@ class Thresholding:
 
 
 class _Step:
-    """A call with its slots as numbers; a row is its target, its first term and the others."""
+    """A call with its slots as numbers; a row is its target, its first term and the others.
 
-    __slots__ = ("alpha", "clean", "drop", "is_data", "keep_prediction", "keep_sample", "prediction", "rows", "sigma")
+    A prediction ``p x + q u`` that is kept is computed as ``x + (q / p) u``, one operation instead of two: ``p`` goes
+    into the coefficients of whoever reads it. One that a single row reads is not computed at all: the row reads ``x``
+    and ``u``.
 
-    def __init__(self, call: Call, numbers: dict[str, int]) -> None:
-        self.prediction, self.clean, self.is_data = call.prediction, call.clean, call.measure == "data"
+    Args:
+        call: of the plan.
+        numbers: of the slots.
+        scales: what the tensor in a slot must be multiplied by; brought up to date.
+        fold: whether this is allowed: thresholding needs the prediction itself.
+    """
+
+    __slots__ = (
+        "alpha",
+        "clean",
+        "drop",
+        "is_data",
+        "keep_prediction",
+        "keep_sample",
+        "prediction",
+        "rows",
+        "scale",
+        "sigma",
+    )
+
+    def __init__(self, call: Call, numbers: dict[str, int], scales: dict[int, float], fold: bool) -> None:
+        p, q = call.prediction
+        inlined = fold and call.keep_prediction is None and len(call.rows) == 1
+        self.scale = p if fold and p != 0.0 and not inlined else 1.0
+        self.prediction = (0.0, 1.0) if inlined else (p / self.scale, q / self.scale)
+        self.clean, self.is_data = call.clean, call.measure == "data" and not inlined
         self.alpha, self.sigma = call.alpha, call.sigma
         self.keep_sample = None if call.keep_sample is None else numbers[call.keep_sample]
         self.keep_prediction = None if call.keep_prediction is None else numbers[call.keep_prediction]
+        scales[_FIXED[PREDICTION]] = self.scale
         self.rows = []
         for row in call.rows:
-            (slot, factor), *others = ((numbers[slot], c) for slot, c in row.terms)
+            terms: dict[int, float] = {}
+            for name, c in row.terms:
+                if inlined and name == PREDICTION:
+                    terms[_FIXED[SAMPLE]] = terms.get(_FIXED[SAMPLE], 0.0) + c * p
+                    c *= q
+                terms[numbers[name]] = terms.get(numbers[name], 0.0) + c * scales.get(numbers[name], 1.0)
+            (slot, factor), *others = ((number, c) for number, c in terms.items() if c != 0.0)
             self.rows.append((numbers[row.out], slot, factor, others))
+            scales.pop(numbers[row.out], None)
+        if self.keep_sample is not None:
+            scales.pop(self.keep_sample, None)
+        if self.keep_prediction is not None:
+            scales[self.keep_prediction] = self.scale
         self.drop = [numbers[slot] for slot in call.drop]
 
     def factors(self) -> Iterator[float]:
-        """The coefficients of first terms."""
-        return (factor for _, _, factor, _ in self.rows)
+        """The coefficients that multiply a tensor, rather than add to one."""
+        yield from (self.prediction[0], self.clean[0], self.scale)
+        yield from (factor for _, _, factor, _ in self.rows)
 
 
 class PlanRun:
@@ -78,9 +117,10 @@ class PlanRun:
             for name in (call.keep_sample, call.keep_prediction, *(row.out for row in call.rows)):
                 if name is not None:
                     numbers.setdefault(name, len(numbers))
-        self._steps = [_Step(call, numbers) for call in plan]
+        scales: dict[int, float] = {}
+        self._steps = [_Step(call, numbers, scales, fold=thresholding is None) for call in plan]
         self._stochastic = [call.is_stochastic for call in plan]
-        self._factors = {c for step in self._steps for c in (step.prediction[0], step.clean[0], *step.factors())}
+        self._factors = {factor for step in self._steps for factor in step.factors()}
         self._bind(torch.float32)
         self._thresholding = thresholding
         self._values: list[torch.Tensor | None] = [None] * len(numbers)
@@ -98,10 +138,6 @@ class PlanRun:
         """Whether all calls were executed."""
         return self.position == len(self._steps)
 
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a later step reads this very tensor."""
-        return any(value is tensor for value in self._values)
-
     def undo(self) -> None:
         """Takes the last step back."""
         self._values, self._state = self._before
@@ -114,28 +150,33 @@ class PlanRun:
             self._state = self._state.index_select(0, ancestors)
 
     def step(
-        self, sample: torch.Tensor, model_output: torch.Tensor, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, sample: torch.Tensor, model_output: torch.Tensor, noise: torch.Tensor | None = None, *, clean: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Executes the next call.
 
         Args:
             sample: what the network saw (before ``in_scale``), ``(batch, ...)``.
             model_output: what it returned, of the same shape.
             noise: standard normal, needed where ``is_stochastic``.
+            clean: whether the predicted clean sample is wanted.
 
         Returns:
-            the next input of the network (after the last call: the result) and the predicted clean sample.
+            the next input of the network (after the last call: the result), and the predicted clean sample or ``None``.
         """
         step = self._steps[self.position]
         values: list[Any] = self._values
         self._before = (values.copy(), self._state)
         x = sample if sample.dtype is self._dtype else self._widened(sample)
+        predicted: torch.Tensor | None = None
         if self._thresholding is None:
             m = self._affine(step.prediction, x, model_output)
-            clean = m if step.is_data else self._affine(step.clean, x, model_output)
+            if clean:
+                predicted = self._clean(step, x, model_output, m)
         else:
-            clean = self._thresholding(self._affine(step.clean, x, model_output))
-            m = clean if step.is_data else self._affine((1.0 / step.sigma, -step.alpha / step.sigma), x, clean)
+            predicted = self._thresholding(self._affine(step.clean, x, model_output))
+            m = predicted if step.is_data else self._affine((1.0 / step.sigma, -step.alpha / step.sigma), x, predicted)
+            if clean and step.is_data and step.keep_prediction is not None:
+                predicted = predicted.clone()
         values[0], values[1], values[2] = x, m, noise
         following = x
         for out, slot, factor, others in step.rows:
@@ -156,9 +197,16 @@ class PlanRun:
             values[slot] = None
         self.position += 1
         if following.dtype is sample.dtype:
-            return following, clean
+            return following, predicted
         self._state = following
-        return following.to(sample.dtype), clean.to(sample.dtype)
+        return following.to(sample.dtype), None if predicted is None else predicted.to(sample.dtype)
+
+    def _clean(self, step: _Step, x: torch.Tensor, model_output: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        if not step.is_data:
+            return self._affine(step.clean, x, model_output)
+        if step.scale == 1.0 and step.keep_prediction is None:
+            return m
+        return m * self._scalars[step.scale]
 
     def _bind(self, dtype: torch.dtype) -> None:
         """Makes the factors tensors of no dimensions: torch would wrap a Python number anew at every product."""

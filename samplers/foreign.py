@@ -44,10 +44,11 @@ def options_from(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = config.get("_class_name")
     registered = name is not None or "_use_default_values" in config
-    described = str(name or f"a config with the keys {', '.join(k for k in config if not k.startswith('_')) or '(none)'}")
-    for key, value in _OTHER_VALUES.items():
-        if config.get(key) == value:
-            raise ValueError(f"{described} has {key}={value!r}, which no sampler here can follow; set another value")
+    keys = ", ".join(key for key in config if not key.startswith("_"))
+    described = str(name or f"a config with the keys {keys or '(none)'}")
+    for option, value in _OTHER_VALUES.items():
+        if config.get(option) == value:
+            raise ValueError(f"{described} has {option}={value!r}, which no sampler here can follow; set another value")
     if name in _OTHER_PROCESSES or not _OTHER_KEYS.isdisjoint(config) or config.get("scale_factors"):
         raise ValueError(_refusal(described))
     if config.get("sigma_data") is not None:
@@ -55,7 +56,7 @@ def options_from(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(_refusal(described))
         return {key: config[key] for key in _EDM_KEYS if key in config}
     if config.get("use_flow_sigmas"):
-        return {key: config[key] for key in ("use_flow_sigmas", "prediction_type", "num_train_timesteps") if key in config}
+        return {key: config[key] for key in ("use_flow_sigmas", *_VP_KEYS) if key in config}
     vp = "beta_schedule" in config
     if "shift" in config and "num_train_timesteps" in config and not vp:
         given = {key: config[key] for key in _FLOW_KEYS if config.get(key) is not None}

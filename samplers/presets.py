@@ -1,4 +1,7 @@
-"""``preset="accurate"``: spacing, order and ending by measurement (``presets.json``, made by ``fewstep bench presets``)."""
+"""``preset="accurate"``: spacing, order and ending by measurement.
+
+``presets.json`` is made by ``fewstep bench presets``.
+"""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         variance_noise: torch.Tensor | None = None,
         return_dict: bool = True,
-    ) -> PlanSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> PlanSchedulerOutput | tuple[torch.Tensor]:
         """Executes one call of the plan.
 
         Args:
@@ -251,8 +251,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             sample: what the network saw, ``(batch, C, ...)``, of any floating dtype.
             generator: of the noise of stochastic plans; a list gives each sample its own.
             variance_noise: the noise itself, shaped like ``sample``.
-            return_dict: a ``PlanSchedulerOutput``, or else the tuple of its fields, whose clean sample may be one that
-                later steps read: not to be written to.
+            return_dict: a ``PlanSchedulerOutput``; or else ``(prev_sample,)``, which spares the work for the predicted
+                clean sample.
 
         Returns:
             next sample in the dtype of ``sample``, and the predicted clean sample.
@@ -272,12 +272,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         noise = None
         if run.is_stochastic:
             noise = self._noise(sample, generator, variance_noise)
-        following, clean = run.step(sample, model_output, noise)
+        following, clean = run.step(sample, model_output, noise, clean=return_dict)
         self._step_index += 1
         if not return_dict:
-            return following, clean
-        if run.holds(clean):
-            clean = clean.clone()
+            return (following,)
+        assert clean is not None
         return PlanSchedulerOutput(prev_sample=following, pred_original_sample=clean)
 
     def _current_run(self) -> PlanRun:

@@ -177,28 +177,27 @@ def test_mu_is_accepted_always_and_used_with_dynamic_shifting_only(name: str, ki
 @every_kind
 def test_every_way_to_call_step(name: str, kind: str) -> None:
     x, noise = start(), seeded(2, 4, 4, 4, seed=8)
-    results = []
-    for call in (
-        lambda s, t: s.step(network(x), t, x, None, noise, False),
-        lambda s, t: s.step(network(x), t, x, variance_noise=noise, return_dict=False),
-        lambda s, t: s.step(
-            model_output=network(x), timestep=float(t), sample=x, variance_noise=noise, return_dict=False
-        ),
-        lambda s, t: tuple(s.step(network(x), t[None], x, variance_noise=noise).values()),
-    ):
+
+    def called(**changed: Any) -> Any:
         scheduler = build(name, kind)
-        output = call(scheduler, scheduler.timesteps[0])
-        assert isinstance(output, tuple)
-        assert len(output) == 2
-        results.append(output)
-    for following, clean in results:
-        assert torch.equal(following, results[0][0])
-        assert torch.equal(clean, results[0][1])
+        arguments = {"model_output": network(x), "timestep": scheduler.timesteps[0], "sample": x, **changed}
+        return scheduler.step(**arguments, variance_noise=noise)
+
+    output = called()
+    assert output[0] is output.prev_sample
+    assert output[1] is output["pred_original_sample"] is output.pred_original_sample
     scheduler = build(name, kind)
-    output = scheduler.step(network(x), scheduler.timesteps[0], x, variance_noise=noise)
-    assert torch.equal(output.prev_sample, results[0][0])
-    assert torch.equal(output.pred_original_sample, output["pred_original_sample"])
-    assert torch.equal(output[0], output.prev_sample)
+    label = scheduler.timesteps[0]
+    for other in (
+        scheduler.step(network(x), label, x, None, noise, False),
+        called(return_dict=False),
+        called(timestep=float(label), return_dict=False),
+        called(timestep=label[None], return_dict=False),
+    ):
+        # Like diffusers' multistep classes.
+        assert isinstance(other, tuple)
+        assert len(other) == 1
+        assert torch.equal(other[0], output.prev_sample)
 
 
 @every_sampler
