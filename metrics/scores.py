@@ -21,7 +21,7 @@ class Agreement(NamedTuple):
     rate: float
     low: float
     high: float
-    count: int
+    samples: int
 
 
 def inception_score(probabilities: torch.Tensor, splits: int = 10) -> InceptionScore:

@@ -1,1 +1,1 @@
-
+"""The command line ``fewstep``: generation, training of the bundled models, benchmarks."""

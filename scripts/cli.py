@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -25,7 +27,7 @@ class InputError(click.ClickException):
 class LazyGroup(click.Group):
     """Imports a subcommand's module on its first use, so that ``--help`` does not wait for torch.
 
-    Every ``ValueError`` of a subcommand is bad input and ends in one line on stderr and exit code 2.
+    Wrong usage, and every ``ValueError`` of a subcommand, is bad input: one line on stderr and exit code 2.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -42,14 +44,25 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _in_one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        with _in_one_line():
             return super().invoke(ctx)
-        except click.UsageError as error:
-            error.ctx = None  # without a context click prints the message alone, not the usage above it
-            raise
-        except ValueError as error:
-            raise InputError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        raise InputError(" ".join(error.format_message().split())) from error
+    except ValueError as error:
+        raise InputError(" ".join(str(error).split())) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

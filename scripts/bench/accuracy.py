@@ -14,7 +14,7 @@ import torch
 from fewstep.metrics import GaussianMixture, GuidedPair
 from fewstep.samplers import SAMPLERS
 
-from ..generation.record import replace_file
+from ..files import replace_file
 from .output import STABLE_DIFFUSION, table
 
 CALLS = (5, 6, 7, 8, 10, 12, 15, 20, 25, 30)

@@ -1,8 +1,7 @@
-"""What all benchmarks share: where they ran, their tables, and their files."""
+"""What all benchmarks share: where they ran, and their tables."""
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from ..generation.record import replace_file
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """The noise schedule of Stable Diffusion 1.5, 2 and XL."""
@@ -27,32 +24,6 @@ def environment() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         **{name: version(name) for name in ("fewstep", "torch", "diffusers", "numpy")},
     }
-
-
-def check_files(*paths: Path | None) -> None:
-    """Refuses files that could not be written, before anything is measured.
-
-    Raises:
-        ValueError: the folder does not exist, or the path is a folder.
-    """
-    for path in paths:
-        if path is None:
-            continue
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder; give the name of a file")
-        if not path.absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a report, atomically."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text, atomically."""
-    with replace_file(path) as file:
-        file.write(text.encode())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:

@@ -47,8 +47,9 @@ def step(samplers: str | None, seconds: float, json_file: Path | None) -> None:
     """
     from tqdm import tqdm
 
-    from ..bench.output import check_files, environment, write_json
+    from ..bench.output import environment
     from ..bench.step import PAIRS, SHAPES, STEPS, measure, step_table
+    from ..files import check_files, write_json
     from ..generation.choices import unknown
 
     check_files(json_file)
@@ -77,7 +78,8 @@ def orders(json_file: Path | None, markdown_file: Path | None) -> None:
 
     from ..bench.foreign import missing
     from ..bench.orders import all_orders, orders_table
-    from ..bench.output import check_files, environment, write_json, write_text
+    from ..bench.output import environment
+    from ..files import check_files, write_json, write_text
 
     check_files(json_file, markdown_file)
     results = list(tqdm(all_orders(), desc="orders", unit="solver", leave=False))
@@ -103,7 +105,8 @@ def accuracy(json_file: Path | None, plot_file: Path | None) -> None:
     from tqdm import tqdm
 
     from ..bench.accuracy import accuracy_curves, accuracy_table, check_plot, plot_accuracy
-    from ..bench.output import check_files, environment, write_json
+    from ..bench.output import environment
+    from ..files import check_files, write_json
 
     check_files(json_file, plot_file)
     if plot_file is not None:
@@ -120,8 +123,8 @@ def accuracy(json_file: Path | None, plot_file: Path | None) -> None:
 @click.option("--json", "json_file", type=_FILE, required=True, help="File for the table.")
 def presets(json_file: Path) -> None:
     """Search for the options of preset="accurate", for samplers/presets.json."""
-    from ..bench.output import check_files
     from ..bench.presets import measure_presets, write_presets
+    from ..files import check_files
 
     check_files(json_file)
     write_presets(measure_presets(), json_file)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from fewstep.metrics import (
 )
 from fewstep.samplers import SAMPLERS
 
+from ..files import check_files, write_json
 from ..generation.choices import unknown
 from ..generation.model import load_model, resolve_device, resolve_name
 
@@ -65,15 +63,14 @@ def digits(
     scales = _parse_scales(guidance_scale)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"--output {output}: the folder {output.parent} does not exist")
+    check_files(output)
     loaded = load_model(resolve_name(model), "float32", resolve_device(device))
     classifier = DigitsClassifier.bundled()
     pipeline = loaded.pipeline
     if not isinstance(pipeline, DiTPipeline) or pipeline.vae.config.out_channels != 1:
         raise ValueError(f"--model {model} is no DiTPipeline of grey images")
     if loaded.classes[:10] != tuple(range(10)):
-        raise ValueError(f"--model {model} has the classes {loaded.classes[:10]}...; the digits need 0 to 9")
+        raise ValueError(f"--model {model} has {len(loaded.classes)} classes; the digits need 0 to 9")
     pipeline.scheduler = SAMPLERS[sampler].build(loaded.scheduler_config)
     train, test = (digits_statistics(split, classifier) for split in ("train", "test"))
     test_distance = frechet_distance(test.mean, test.covariance, train.mean, train.covariance)
@@ -108,7 +105,7 @@ def digits(
             f"{figures['class_agreement']:.4f} ({low:.4f} - {high:.4f})  {figures['images_per_second']:8.1f}"
         )
         if output is not None:
-            _write(output, report)
+            write_json(output, report)
 
 
 def measure(
@@ -205,9 +202,3 @@ def _parse_scales(text: str) -> list[float]:
     if not scales or not all(1.0 <= scale < 100.0 for scale in scales):
         raise ValueError(f"--guidance-scale {text!r}: give numbers from 1 (no guidance), such as 1,1.5,2")
     return scales
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)

@@ -38,7 +38,7 @@ _BESIDE_RECORD = {"record", "output", "batch_size", "device"}
 @click.option("--record", type=click.Path(path_type=Path), help="Repeat the run of a record.json.")
 @click.pass_context
 def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: int, **given: Any) -> None:
-    r"""Make images, and a record from which they can be made again.
+    """Make images, and a record from which they can be made again.
 
     Writes 00000.png, 00001.png, ..., grid.png and record.json into the output folder. An interrupted run goes on where
     it stopped when the same command is given again. An image depends on its own seed, not on the batch size.
@@ -49,8 +49,8 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
     fewstep generate --compare dpm++,deis,unipc --steps 5,10,20
     fewstep generate --model FOLDER --prompt "a red house" --steps 12
     fewstep generate --record generated/record.json --output again
-    """
-    from ..generation.model import load_model, resolve_device
+    """  # noqa: D301  click wants the backspace itself
+    from ..generation.model import load_model, resolve_device, resolve_name
     from ..generation.record import check_writable, read_settings
     from ..generation.request import check_against, check_settings
     from ..generation.run import generate_images
@@ -65,7 +65,7 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
             raise ValueError(f"record fixes the run: leave out {', '.join(flags)}")
         settings = read_settings(record)
         device = given["device"] if "device" in typed else settings.device
-        settings = replace(settings, device=resolve_device(device))
+        settings = replace(settings, model=resolve_name(settings.model), device=resolve_device(device))
         check_settings(settings)
         model = load_model(settings.model, settings.dtype, settings.device)
     else:

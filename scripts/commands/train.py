@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import click
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 
-from ..training.autoencoder import reconstruction_error, train_autoencoder
+from ..files import write_json
+from ..training.autoencoder import fingerprint, reconstruction_error, train_autoencoder
 from ..training.classifier import accuracy, reference_statistics, train_classifier
 from ..training.data import LabelledImages, load_images
 from ..training.diffusion import NULL_LABEL, train_diffusion
@@ -31,20 +33,27 @@ class Recipe:
 RECIPES = {
     "autoencoder": Recipe(2500, 128),
     "digits-small": Recipe(9000, 256),
-    "digits-large": Recipe(7000, 256),
+    "digits-large": Recipe(8000, 128),
     "digits-classifier": Recipe(5000, 128),
 }
 
 
 @click.command()
-@click.argument("recipe", type=click.Choice(list(RECIPES)))
+@click.argument("recipe", metavar="RECIPE", type=click.Choice(list(RECIPES)))
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="An .npz file or a folder of images.")
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder of the model.")
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps.  [default: the recipe's]")
 @click.option("--batch-size", type=click.IntRange(2), help="Images a step.  [default: the recipe's]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights and draws.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of weights and draws.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: torch's]")
 @click.option("--save-every", type=click.IntRange(1), default=500, show_default=True, help="Steps between checkpoints.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the matrix products of digits-*; bfloat16 is the faster one on CPUs with units for it.",
+)
 @click.option("--autoencoder", type=click.Path(path_type=Path), help="Folder of the autoencoder that digits-* need.")
 def train(
     recipe: str,
@@ -55,6 +64,7 @@ def train(
     seed: int,
     threads: int | None,
     save_every: int,
+    precision: str,
     autoencoder: Path | None,
 ) -> None:
     """Train RECIPE on labelled images and write the model to a folder.
@@ -80,6 +90,8 @@ def train(
         raise ValueError(f"{recipe} needs --autoencoder; make one with: fewstep train autoencoder")
     if not diffusion and autoencoder is not None:
         raise ValueError(f"--autoencoder is for digits-small and digits-large; {recipe} does not take it")
+    if not diffusion and precision != "float32":
+        raise ValueError(f"--precision is for digits-small and digits-large; {recipe} trains in float32")
     images = load_images(data)
     if len(images.names) > NULL_LABEL:
         raise ValueError(f"--data {data} has {len(images.names)} classes; at most {NULL_LABEL} can be told apart")
@@ -88,6 +100,7 @@ def train(
         "steps": steps,
         "batch_size": batch_size,
         "seed": seed,
+        "precision": precision,
         "data": {"images": len(images), "classes": len(images.names), "sha256": images.fingerprint},
     }
     work = output / "checkpoint"
@@ -95,6 +108,7 @@ def train(
     if diffusion:
         assert autoencoder is not None
         vae = _load_autoencoder(autoencoder, images)
+        settings["autoencoder"] = fingerprint(vae)
         _begin(work, settings)
         pipeline, record = train_diffusion(
             images,
@@ -103,6 +117,7 @@ def train(
             size=recipe.removeprefix("digits-"),
             steps=steps,
             batch_size=batch_size,
+            precision=getattr(torch, precision),
             seed=seed,
             save_every=save_every,
         )
@@ -135,7 +150,7 @@ def train(
         **extra,
         "versions": {name: version(name) for name in ("fewstep", "torch", "diffusers")},
     }
-    _write(output / "training.json", summary)
+    write_json(output / "training.json", summary)
     shutil.rmtree(work)
     told = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in extra.items())
     click.echo(f"{recipe}: {steps} steps, loss {record['loss']:.4g}{told}; written to {output}")
@@ -146,8 +161,9 @@ def _load_autoencoder(path: Path, images: LabelledImages) -> AutoencoderKL:
     folder = path / "vae" if (path / "vae").is_dir() else path
     try:
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--autoencoder {path} holds no autoencoder that can be read: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = shorten(str(error), 300, placeholder=" ...")
+        raise ValueError(f"--autoencoder {path} holds no autoencoder that can be read: {reason}") from error
     channels, factor = images.images.shape[1], 2 ** (len(vae.config.block_out_channels) - 1)
     if vae.config.in_channels != channels or vae.config.latent_channels != 4 or factor != 4:
         raise ValueError(
@@ -169,14 +185,4 @@ def _begin(work: Path, settings: dict[str, Any]) -> None:
                 f"({', '.join(different)}); give the same ones, or remove {work} to begin anew"
             )
         return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        _write(path, settings)
-    except OSError as error:
-        raise ValueError(f"--output {work.parent} cannot be written: {error}") from error
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(path, settings)

@@ -11,8 +11,11 @@ _SHOWN = 40
 def unknown(argument: str, value: str, known: Iterable[str]) -> ValueError:
     """The error for ``value`` of ``argument``, with the known names, nearest first."""
 
+    def spelled(name: str) -> str:
+        return name.lower().replace("+", "p").replace("_", "-")
+
     def likeness(name: str) -> float:
-        return SequenceMatcher(None, value.lower(), name.lower()).ratio()
+        return SequenceMatcher(None, spelled(value), spelled(name)).ratio()
 
     names = sorted(known, key=likeness, reverse=True)
     rest = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import is_transformers_available, logging
 
 import fewstep.samplers  # noqa: F401  saved schedulers of ours load only once their module is imported
 
@@ -102,24 +104,48 @@ def load_model(name: str, dtype: str, device: str) -> Model:
     Raises:
         ValueError: the model cannot be read, or is of a kind that cannot be driven from here.
     """
-    logging.disable_progress_bar()
     try:
-        if name in BUNDLED:
-            with as_file(_bundled_folder(name)) as folder:
-                pipeline = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[dtype], use_safetensors=True)
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(name, dtype=DTYPES[dtype], use_safetensors=True)
+        with _quiet():
+            pipeline = _load(name, DTYPES[dtype])
+            pipeline.to(device)
     except Exception as error:  # loaders of several libraries raise what they like; to the user it is one thing
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"model {name!r} cannot be loaded: {reason[:300]}") from error
+        reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
+        raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return describe(name, pipeline)
+
+
+def _load(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+    if name in BUNDLED:
+        with as_file(_bundled_folder(name)) as folder:
+            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    else:
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     if isinstance(pipeline, DDIMPipeline):
         # Its loop passes arguments of DDIMScheduler to any scheduler; this one is the same without them.
         pipeline = DDPMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
-    if pipeline.dtype != DTYPES[dtype]:
-        pipeline.to(dtype=DTYPES[dtype])
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    return describe(name, pipeline)
+    if pipeline.dtype != dtype:  # else parts that diffusers keeps in float32 would be cast too
+        pipeline.to(dtype=dtype)
+    return pipeline
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hushes the loaders' warnings and progress: an error says it all, in one line."""
+    libraries: list[Any] = [logging]
+    if is_transformers_available():
+        from transformers.utils import logging as transformers_logging
+
+        libraries.append(transformers_logging)
+    verbosities = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(libraries, verbosities, strict=True):
+            library.set_verbosity(verbosity)
 
 
 def describe(name: str, pipeline: DiffusionPipeline) -> Model:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .record import replace_file
+from ..files import replace_file
 
 _SMALLEST, _LARGEST = 64, 256  # side of an image in a grid, pixels
 _GAP, _MARGIN = 2, 8
@@ -22,10 +22,17 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 
 def columns_for(count: int, conditions: int) -> int:
-    """Columns of a grid: one a condition where images go round them several times, else nearly square."""
+    """Columns of a grid: one a condition where images go round them several times, else what leaves least empty.
+
+    Args:
+        count: images.
+        conditions: prompts or classes that they go round.
+    """
     if 1 < conditions <= 20 and count > conditions:
         return conditions
-    return math.ceil(math.sqrt(count))
+    narrowest = math.ceil(math.sqrt(count))
+    widths = range(narrowest, math.ceil(1.6 * narrowest) + 1)
+    return min(widths, key=lambda columns: (-count % columns, columns))
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:

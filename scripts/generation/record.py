@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from ..files import write_json
 
 FORMAT = 1
 RECORD, GRID = "record.json", "grid.png"
@@ -90,14 +91,17 @@ class Settings:
 _SHAPES: dict[str, Any] = {
     **dict.fromkeys(("model", "dtype", "device"), str),
     **dict.fromkeys(("number", "seed"), int),
-    **dict.fromkeys(("samplers", "prompts"), [str]),
-    **dict.fromkeys(("steps", "classes"), [int]),
+    "samplers": [str],
+    "prompts": [str],
+    "steps": [int],
+    "classes": [int],
     **dict.fromkeys(("height", "width"), (int, type(None))),
     **dict.fromkeys(("preset", "negative_prompt"), (str, type(None))),
     "guidance_scale": (float, int, type(None)),
     "compare": bool,
     "options": dict,
 }
+"""The type of every setting in a record; a list stands for a list of its entry."""
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def read_record(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"record {path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("run"), dict):
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("run", "versions")):
         raise ValueError(f"record {path} was not written by fewstep generate")
     if content.get("format") != FORMAT:
         raise ValueError(f"record {path} has format {content.get('format')!r}; this version reads format {FORMAT}")
@@ -123,14 +127,15 @@ def read_settings(path: Path) -> Settings:
     Raises:
         ValueError: a setting is missing, unknown or of a wrong type.
     """
-    run = read_record(path)["run"]
+    run: dict[str, Any] = read_record(path)["run"]
     names = {field.name for field in fields(Settings)}
     if set(run) != names:
         raise ValueError(f"record {path}: missing or unknown in 'run': {', '.join(sorted(set(run) ^ names))}")
     for name, value in run.items():
         if not _has_shape(value, _SHAPES[name]):
             raise ValueError(f"record {path}: {name} has the unusable value {value!r}")
-    return Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in run.items()})
+    checked: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in run.items()}
+    return Settings(**checked)
 
 
 def library_versions() -> dict[str, str]:
@@ -152,6 +157,9 @@ class RunFolder:
         settings: the run's settings.
         schedulers: config of each cell's scheduler, for the record's reader.
 
+    Attributes:
+        complete: whether everything of the run was written, and marked so.
+
     Raises:
         ValueError: the folder cannot be written, or holds something else than a part of this run.
     """
@@ -162,8 +170,13 @@ class RunFolder:
         self.settings = settings
         self._schedulers = schedulers
         self._begun = (path / RECORD).exists()
+        self.complete = False
+        self._versions = library_versions()
         if self._begun:
-            self._check_same(read_record(path / RECORD))
+            record = read_record(path / RECORD)
+            self._check_same(record)
+            self.complete = record.get("status") == "complete" and (path / GRID).exists()
+            self._versions = record["versions"]
         elif any(self.image_path(cell, 0).exists() for cell in settings.cells) or (path / GRID).exists():
             raise ValueError(f"output {path} holds images but no {RECORD}; choose another folder")
 
@@ -173,19 +186,22 @@ class RunFolder:
         if other:
             differing = ", ".join(other)
             raise ValueError(f"output {self.path} holds another run (different {differing}); choose another folder")
-        now, then = library_versions(), record.get("versions", {})
+        now, then = self._versions, record["versions"]
         moved = [f"{name} {then.get(name)}, now {now[name]}" for name in now if now[name] != then.get(name)]
-        if moved and record.get("status") != "complete":
+        if moved and any(self.missing(cell) for cell in self.settings.cells):
             raise ValueError(f"output {self.path} was begun with {'; '.join(moved)}; choose another folder")
 
     def image_path(self, cell: Cell, index: int) -> Path:
         """The file of one image."""
         return self.path / cell.folder / f"{index:05d}.png"
 
+    def missing(self, cell: Cell) -> list[int]:
+        """The images of a cell that are still to be made."""
+        return [i for i in range(self.settings.number) if not self.image_path(cell, i).exists()]
+
     def begin(self) -> None:
         """Writes the record, before the first image."""
         if not self._begun:
-            self.path.mkdir(parents=True, exist_ok=True)
             self._write("running")
             self._begun = True
 
@@ -200,7 +216,7 @@ class RunFolder:
             "format": FORMAT,
             "status": status,
             "run": settings.to_json(),
-            "versions": library_versions(),
+            "versions": self._versions,
             "cells": [
                 {**asdict(cell), "scheduler": dict(config)}
                 for cell, config in zip(settings.cells, self._schedulers, strict=True)
@@ -210,21 +226,7 @@ class RunFolder:
                 for i in range(settings.number)
             ],
         }
-        with replace_file(self.path / RECORD) as file:
-            file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into that becomes ``path`` in one move when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_json(self.path / RECORD, content)
 
 
 def check_writable(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     """Scheduler options from ``key=value`` words; values are JSON where they parse as such, else text.
 
     Raises:
-        ValueError: a word has no ``=``, or a key comes twice.
+        ValueError: a word has no ``=``, a key comes twice, or a number is not finite.
     """
     options: dict[str, Any] = {}
     for pair in pairs:
@@ -49,6 +50,10 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
             options[key] = json.loads(value)
         except json.JSONDecodeError:
             options[key] = value
+        try:
+            json.dumps(options[key], allow_nan=False)
+        except ValueError:
+            raise ValueError(f"option {pair!r} is not finite; give finite numbers") from None
     return options
 
 
@@ -69,7 +74,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def parse_classes(text: str, model: Model) -> tuple[int, ...]:
-    """Class labels from numbers, ranges and names, as in ``"0,3-5,umbrella"``.
+    """Class labels from names, numbers and ranges, as in ``"0,3-5,umbrella"``; a name goes before a number.
 
     Raises:
         ValueError: a part is none of them, or out of the model's range.
@@ -78,7 +83,9 @@ def parse_classes(text: str, model: Model) -> tuple[int, ...]:
         raise ValueError(f"classes do not apply: model {model.name!r} is not class-conditional")
     chosen: list[int] = []
     for part in (part.strip() for part in text.split(",")):
-        if re.fullmatch(r"\d+", part):
+        if part in model.labels:
+            chosen.append(model.labels[part])
+        elif re.fullmatch(r"\d+", part):
             chosen.append(int(part))
         elif match := re.fullmatch(r"(\d+)-(\d+)", part):
             first, last = int(match[1]), int(match[2])
@@ -86,8 +93,6 @@ def parse_classes(text: str, model: Model) -> tuple[int, ...]:
                 raise ValueError(f"classes {part!r} runs backwards; write {last}-{first}")
             _check_classes((first, last), model)
             chosen.extend(range(first, last + 1))
-        elif part in model.labels:
-            chosen.append(model.labels[part])
         else:
             raise unknown("class", part, model.labels or map(str, model.classes))
     return tuple(chosen)
@@ -133,6 +138,10 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"number {settings.number} is less than 1")
     if not 0 <= settings.seed <= MAX_SEED - settings.number + 1:
         raise ValueError(f"seed {settings.seed}: seeds of all images must lie in 0 to {MAX_SEED}")
+    if settings.guidance_scale is not None and not 0.0 <= settings.guidance_scale < math.inf:
+        raise ValueError(f"guidance-scale {settings.guidance_scale:g} must be finite and at least 0; 1 is no guidance")
+    for name in ("prompts", "negative_prompt", "model"):
+        _check_text(name, getattr(settings, name))
     for name, size in (("height", settings.height), ("width", settings.width)):
         if size is not None and size < 1:
             raise ValueError(f"{name} {size} is less than 1")
@@ -159,6 +168,13 @@ def check_against(settings: Settings, model: Model) -> None:
     for name in ("negative_prompt", "guidance_scale", "height", "width"):
         if getattr(settings, name) is not None and name not in model.parameters:
             raise ValueError(f"{name.replace('_', '-')} does not apply: {title} takes none")
+
+
+def _check_text(name: str, value: str | Sequence[str] | None) -> None:
+    try:
+        "".join(value or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name.replace('_', '-')} {value!r} is not UTF-8 text") from None
 
 
 def _check_classes(classes: Sequence[int], model: Model) -> None:

@@ -8,10 +8,11 @@ same condition, and a comparison has the same seeds in every cell.
 
 Equal noise is not yet an equal image: matrix products sum in an order that depends on the number of rows, so a network
 gives other last bits in another batch (on CPUs we saw about one part in a million after a single call, which more calls
-and rounding to 8 bits make visible now and then). On the CPU, where a batch saves little, each image therefore has the pipeline
-to itself, and files are equal bit for bit at every ``--batch-size``. On other devices ``--batch-size`` images share a
-call, images agree up to rounding, and ``--batch-size 1`` gives the same guarantee. Batches begin at multiples of the
-batch size and are made whole, so a resumed run repeats the batches of an uninterrupted one.
+and rounding to 8 bits make visible now and then). On the CPU, where a batch saves little once a network is large, each
+image therefore has the pipeline to itself, and files are equal bit for bit at every ``--batch-size``. On other devices
+``--batch-size`` images share a call, images agree up to rounding, and ``--batch-size 1`` gives the same guarantee.
+Batches begin at multiples of the batch size and are made whole, so a resumed run repeats the batches of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -55,8 +56,10 @@ def generate_images(settings: Settings, model: Model, output: Path, batch_size: 
     schedulers = [build_scheduler(settings, model, cell) for cell in settings.cells]
     folder = RunFolder(output, settings, [plain_config(scheduler) for scheduler in schedulers])
     size = 1 if settings.device == "cpu" else batch_size
-    missing = {c: [i for i in range(settings.number) if not folder.image_path(c, i).exists()] for c in settings.cells}
+    missing = {cell: folder.missing(cell) for cell in settings.cells}
     made = sum(map(len, missing.values()))
+    if not made and folder.complete:
+        return 0
     total = settings.number * len(settings.cells)
     with tqdm(total=total, initial=total - made, unit="image", file=sys.stderr) as bar:
         for cell, scheduler in zip(settings.cells, schedulers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -89,6 +90,14 @@ def encode(
         means.append(posterior.mean * factor)
         stds.append(posterior.std * factor)
     return torch.cat(means), torch.cat(stds)
+
+
+def fingerprint(vae: AutoencoderKL) -> str:
+    """SHA-256 of the weights: the identity of a latent space."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

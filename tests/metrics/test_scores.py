@@ -69,7 +69,7 @@ def test_class_agreement_has_wilsons_interval(right: int, count: int, confidence
     agreement = class_agreement(logits, labels, confidence)
     interval = scipy.stats.binomtest(right, count).proportion_ci(confidence, method="wilson")
     assert agreement.rate == right / count
-    assert agreement.count == count
+    assert agreement.samples == count
     assert agreement.low == pytest.approx(interval.low, abs=1e-12)
     assert agreement.high == pytest.approx(interval.high, abs=1e-12)
 
