@@ -22,7 +22,7 @@ help:
 	@echo "make clean   removes what the others made"
 
 demo: $(VENV)/installed
-	$(BIN)/fewstep generate --model digits-small --steps 5 --output $(DEMO)
+	$(BIN)/fewstep generate --model digits-small --steps 5 --number 50 --output $(DEMO)
 	@echo "The pictures are in $(DEMO)/grid.png"
 
 test: check

@@ -132,7 +132,10 @@ class _Compiler:
             out = SAMPLE if value is None else self._allocate(value)
             if value is not None:
                 names[value] = out
-            rows.append(Row(out, terms + (((NOISE, noise),) if noise else ())))
+            terms += ((NOISE, noise),) if noise else ()
+            if not terms:
+                raise ValueError(f"{out} after call {k} is always zero: the terms of its combination cancel")
+            rows.append(Row(out, terms))
         self._release(k, keep=set())
         keep_sample = self._allocate(segment.sample) if self.last_use.get(segment.sample, -1) > k else None
         keep_prediction = self._allocate(segment.prediction) if self.last_use.get(segment.prediction, -1) > k else None

@@ -14,7 +14,7 @@ from .options import ScheduleConfig, scheduler_options
 from .plan import Plan
 from .registry import register
 from .scheduler import PlanScheduler
-from .weights import Weights, close, lambda_weights, noise_zeroth_moment, polynomial_weights
+from .weights import Measure, Weights, close, lambda_weights, noise_zeroth_moment, polynomial_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +87,7 @@ def runge_kutta(plan: PlanBuilder, *, order: int) -> Plan:
     x = plan.initial
     for i in range(plan.start, plan.grid.steps):
         start, target = nodes[i], nodes[i + 1]
-        measure = "data" if start.alpha == 0.0 else "noise"
+        measure: Measure = "data" if start.alpha == 0.0 else "noise"
         slopes: list[Value] = [plan.evaluate(x, i, measure)]
         if target.sigma == 0.0 or start.alpha == 0.0:
             first = lambda_weights(start, target, (), measure=measure)

@@ -224,7 +224,7 @@ class DPMSolverPPScheduler(PlanScheduler):
         if method == "singlestep" and self.config.algorithm_type == "sde-dpmsolver":
             raise ValueError(
                 "algorithm_type 'sde-dpmsolver' has no singlestep form: it multiplies the noise of its stages by "
-                "sigma / alpha; use method=\"multistep\" or algorithm_type=\"sde-dpmsolver++\""
+                'sigma / alpha; use method="multistep" or algorithm_type="sde-dpmsolver++"'
             )
         if denoise_to_zero and self.config.final_sigmas_type != "sigma_min":
             raise ValueError(

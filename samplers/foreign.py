@@ -52,7 +52,7 @@ def options_from(config: Mapping[str, Any]) -> dict[str, Any]:
     if name in _OTHER_PROCESSES or not _OTHER_KEYS.isdisjoint(config) or config.get("scale_factors"):
         raise ValueError(_refusal(described))
     if config.get("sigma_data") is not None:
-        if "rho" not in config:
+        if registered and "rho" not in config:
             raise ValueError(_refusal(described))
         return {key: config[key] for key in _EDM_KEYS if key in config}
     if config.get("use_flow_sigmas"):

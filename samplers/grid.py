@@ -117,6 +117,11 @@ def make_grid(
             labels = _spaced_labels(schedule, config, num_inference_steps)
             levels = schedule.level(labels)
     if not ended:
+        if timesteps is not None and levels[-1] <= terminal:
+            raise ValueError(
+                f"timesteps end with {float(timesteps[-1]):g}, where a run to sigma_min ends; "
+                "leave that one out, or use final_sigmas_type='zero'"
+            )
         levels = np.append(levels, terminal)
     if config.get("denoise_to_zero"):
         levels = np.append(levels, 0.0)
@@ -146,6 +151,8 @@ def _custom(
         if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"timesteps must be a list of at least one number, got shape {labels.shape}")
         first = schedule.num_train_timesteps - (0 if schedule.kind == "flow" else 1)
+        if not np.isfinite(labels).all():
+            raise ValueError(f"timesteps must be finite, got {labels.tolist()}")
         if schedule.kind != "edm" and (labels.max() > first or labels.min() < 0):
             raise ValueError(f"timesteps must lie in [0, {first}], got {labels.tolist()}")
         return schedule.level(labels), labels, False
@@ -153,6 +160,8 @@ def _custom(
     if levels.ndim != 1 or len(levels) == 0:
         raise ValueError(f"sigmas must be a list of at least one number, got shape {levels.shape}")
     ended = len(levels) > 1 and (levels[-1] == 0.0 or bool(np.isclose(levels[-1], terminal, rtol=1e-6)))
+    if schedule.kind == "flow" and levels.max() > 1.0:
+        raise ValueError(f"sigmas of a flow model lie in [0, 1], got {levels.max():g}")
     levels = shift(levels)
     labels_given = None
     if timesteps is not None:
@@ -170,6 +179,11 @@ def _spaced_labels(schedule: NoiseSchedule, config: Mapping[str, Any], steps: in
     last = total - _clipped(schedule, config)
     fractional = bool(config.get("fractional_timesteps"))
     if spacing == "linspace":
+        if not fractional and steps >= last:
+            raise ValueError(
+                f"num_inference_steps {steps} is too many for timestep_spacing 'linspace' with {last} timesteps; "
+                "use fewer steps"
+            )
         labels = np.linspace(0, last - 1, steps + 1)[:0:-1]
         return labels if fractional else labels.round()
     if spacing == "leading":
@@ -220,6 +234,11 @@ def _flow(schedule: FlowSchedule, config: Mapping[str, Any], steps: int, shift: 
 
 def _stretch(levels: Array, terminal: float) -> Array:
     """Moves the last level before the end to ``terminal``, keeping 1 (LTX-Video)."""
+    if not 0.0 < terminal < 1.0:
+        raise ValueError(f"shift_terminal {terminal} must lie between 0 and 1, or be None")
+    if len(levels) == 1:
+        # The one step starts at the noise, so there is no other level to move.
+        return levels
     distance = 1.0 - levels
     return 1.0 - distance * ((1.0 - terminal) / distance[-1])
 
@@ -243,6 +262,8 @@ def _respaced(
         terminal = low
     if not 0.0 < low < high:
         raise ValueError(f"sigma_min {low} and sigma_max {high} must satisfy 0 < sigma_min < sigma_max")
+    if not config["rho"] > 0:
+        raise ValueError(f"rho {config['rho']} must be positive; 7 is usual")
     name = chosen[0] if chosen else f"use_{config['sigma_schedule']}_sigmas"
     # Ending where the respacing ends: the terminal level is its last point, or the last step has no length.
     points = steps + 1 if np.isclose(low, terminal, rtol=1e-5) else steps
@@ -262,7 +283,7 @@ def _respace(name: str, high: float, low: float, points: int, rho: float = 7.0, 
 
         return low + (high - low) * betaincinv(0.6, 0.6, 1.0 - ramp)
     if name == "use_lu_lambdas" and lu_flow:
-        high = min(high, FLOW_START)
+        high, low = min(high, FLOW_START), min(low, FLOW_START)
         first, last = math.log((1 - high) / high), math.log((1 - low) / low)
         return 1.0 / (1.0 + np.exp(first + ramp * (last - first)))
     if name in ("use_exponential_sigmas", "use_lu_lambdas"):
@@ -289,7 +310,10 @@ def _shift(config: Mapping[str, Any], mu: float | None) -> Any:
             raise ValueError("mu is needed with use_dynamic_shifting=True; pass mu to set_timesteps")
         if config["time_shift_type"] not in ("exponential", "linear"):
             raise ValueError(f"time_shift_type {config['time_shift_type']!r} is unknown; use exponential or linear")
-        factor = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
-    if not factor > 0:
-        raise ValueError(f"the shift of the timesteps must be positive, got {factor}")
+        try:
+            factor = math.exp(mu) if config["time_shift_type"] == "exponential" else mu
+        except OverflowError:
+            raise ValueError(f"mu {mu} is too large: the shift is its exponential; 0.5 to 3 is usual") from None
+    if not 0 < factor < math.inf:
+        raise ValueError(f"the shift of the timesteps must be positive and finite, got {factor}")
     return lambda s: factor * s / (1.0 + (factor - 1.0) * s)

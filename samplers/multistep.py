@@ -14,6 +14,10 @@ from .weights import Measure, Node, Weights, lambda_weights
 Rule = Callable[[int, int], Weights]
 """``rule(i, known)``: weights of the step from node ``i`` to ``i + 1`` with ``known`` predictions, newest first."""
 
+Corrector = Callable[[int, int], Weights | None]
+"""``corrector(i, known)``: weights of the step from node ``i`` to ``i + 1`` whose first prediction is the one at node
+``i + 1``; ``None`` leaves the step uncorrected."""
+
 CorrectorForm = Literal["classic", "delta"]
 
 
@@ -35,7 +39,7 @@ class Predictor:
 def multistep(
     plan: PlanBuilder,
     predictor: Predictor,
-    corrector: Rule | None = None,
+    corrector: Corrector | None = None,
     *,
     form: CorrectorForm = "classic",
 ) -> Plan:
@@ -44,8 +48,7 @@ def multistep(
     Args:
         plan: where to write.
         predictor: the solver.
-        corrector: ``corrector(i, known)`` gives the weights of the step from node ``i`` to ``i + 1`` whose first
-            prediction is the one at node ``i + 1``; ``None`` as weights leave the step uncorrected.
+        corrector: its weights.
         form: ``"classic"`` corrects from the last corrected sample (and discards what a callback changed in the
             predicted one); ``"delta"`` adds the difference to the predicted sample and keeps such changes.
     """

@@ -41,7 +41,7 @@ class NoiseStreams:
             )
         streams = []
         for seed in seeds:
-            entropy = np.random.SeedSequence((seed % 2**64, step)).generate_state(1, np.uint64)
+            entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(step,)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
             streams.append(torch.randn(shape[1:], generator=generator, dtype=dtype))
         return torch.stack(streams).to(device)

@@ -11,9 +11,10 @@ The row that writes ``sample`` is the next input of the network (after the last 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -136,24 +137,26 @@ class Plan:
         return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Plan:
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_dict``.
 
         Raises:
-            ValueError: another format or version, or missing fields.
+            ValueError: another format or version, missing or wrong fields, or rows that read what no row wrote.
         """
-        if data.get("format") != _FORMAT or data.get("version") != _VERSION:
-            found = f"format {data.get('format')!r}, version {data.get('version')!r}"
-            raise ValueError(f"this is no plan of version {_VERSION} ({found})")
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT or data.get("version") != _VERSION:
+            found = (
+                f"format {data.get('format')!r}, version {data.get('version')!r}" if isinstance(data, Mapping) else data
+            )
+            raise ValueError(f"this is no plan of version {_VERSION} ({found!s:.80})")
         try:
-            calls = []
-            for entry in data["calls"]:
-                rows = tuple(Row(r["out"], tuple((s, float(c)) for s, c in r["terms"])) for r in entry["rows"])
-                pairs = {key: tuple(map(float, entry[key])) for key in ("prediction", "clean")}
-                calls.append(Call(**{**entry, **pairs, "rows": rows, "drop": tuple(entry["drop"])}))
-            return cls(data["name"], tuple(calls), data["final_level"], data["final_alpha"], data["final_sigma"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"the plan is damaged: {error}") from error
+            calls = tuple(_call(entry) for entry in data["calls"])
+            ends = (_number(data[key], key) for key in ("final_level", "final_alpha", "final_sigma"))
+            plan = cls(str(data["name"]), calls, *ends)
+            _check(plan)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise ValueError(f"the plan is damaged: {reason}; save it again") from None
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, atomically."""
@@ -174,3 +177,60 @@ class Plan:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         return cls.from_dict(data)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, not a finite number")
+    return float(value)
+
+
+def _pair(entry: Mapping[str, Any], name: str) -> tuple[float, float]:
+    values = entry[name]
+    if not isinstance(values, (list, tuple)) or len(values) != 2:
+        raise ValueError(f"{name} is {values!r}, not a pair of numbers")
+    return _number(values[0], name), _number(values[1], name)
+
+
+def _call(entry: Mapping[str, Any]) -> Call:
+    unknown = sorted(set(entry) - {field.name for field in fields(Call)})
+    if unknown:
+        raise ValueError(f"unknown fields {', '.join(unknown)} of a call")
+    if entry["measure"] not in ("data", "noise"):
+        raise ValueError(f"measure is {entry['measure']!r}, not 'data' or 'noise'")
+    rows = []
+    for row in entry["rows"]:
+        terms = tuple((str(slot), _number(c, f"the coefficient of {slot}")) for slot, c in row["terms"])
+        rows.append(Row(str(row["out"]), terms))
+    numbers = {key: _number(entry[key], key) for key in ("timestep", "level", "alpha", "sigma", "in_scale")}
+    return Call(
+        **numbers,
+        measure=entry["measure"],
+        prediction=_pair(entry, "prediction"),
+        clean=_pair(entry, "clean"),
+        keep_sample=entry["keep_sample"],
+        keep_prediction=entry["keep_prediction"],
+        rows=tuple(rows),
+        drop=tuple(entry["drop"]),
+    )
+
+
+def _check(plan: Plan) -> None:
+    """Follows the slots through the run: each must be written before it is read."""
+    if not plan.calls:
+        raise ValueError("it has no calls")
+    kept: set[str] = set()
+    for k, call in enumerate(plan):
+        for row in call.rows:
+            missing = [slot for slot, _ in row.terms if slot not in kept and slot not in (SAMPLE, PREDICTION, NOISE)]
+            if missing or not row.terms:
+                raise ValueError(
+                    f"call {k} makes {row.out} of {missing[0] if missing else 'nothing'}, which is not there"
+                )
+            if row.out in (PREDICTION, NOISE):
+                raise ValueError(f"call {k} overwrites {row.out}")
+            kept |= {row.out} - {SAMPLE}
+        if [row.out for row in call.rows].count(SAMPLE) != 1:
+            raise ValueError(f"call {k} must write sample exactly once")
+        kept |= {slot for slot in (call.keep_sample, call.keep_prediction) if slot is not None}
+        kept -= set(call.drop)

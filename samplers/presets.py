@@ -8,12 +8,19 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 PRESETS = ("accurate",)
 
-_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# What was measured, where a table entry does not say otherwise.
+_MEASURED: Mapping[str, Any] = {
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False),
+    "timestep_spacing": "linspace",
+    "denoise_to_zero": False,
+    "euler_at_final": False,
+}
 
 
 def check_preset(preset: str | None, scheduler: str, kind: str) -> None:
@@ -47,7 +54,7 @@ def preset_options(scheduler: str, kind: str, steps: int, guidance_scale: float 
         scale = min(scales, key=lambda s: abs(math.log(float(s)) - math.log(max(guidance_scale, 1.0))))
     by_steps = by_guidance[scale]
     nearest = min(by_steps, key=lambda n: abs(math.log(int(n)) - math.log(steps)))
-    return {**dict.fromkeys(_SPACINGS, False), "denoise_to_zero": False, **by_steps[nearest]["options"]}
+    return {**_MEASURED, **by_steps[nearest]["options"]}
 
 
 @functools.cache

@@ -117,11 +117,13 @@ class DiscreteVPSchedule(NoiseSchedule):
         return (1.0 - weight) * low + weight * (low + 1)
 
     def level(self, timestep: ArrayLike) -> Array:
-        return np.interp(timestep, np.arange(len(self._levels)), self._levels)
+        return np.interp(np.asarray(timestep, np.float64), np.arange(len(self._levels)), self._levels)
 
     def time(self, level: ArrayLike) -> Array:
         # Level 0 stands one label before the first, where diffusers puts alphas_cumprod = 1.
-        return np.interp(level, np.append(0.0, self._levels), np.arange(-1.0, len(self._levels)))
+        return np.interp(
+            np.asarray(level, np.float64), np.append(0.0, self._levels), np.arange(-1.0, len(self._levels))
+        )
 
     def rho_of_time(self, lower: float, upper: float) -> tuple[Array, Array, Array]:
         first, last = sorted((lower, upper))

@@ -180,6 +180,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             ValueError: contradicting or impossible times.
         """
         count = None if num_inference_steps is None else int(num_inference_steps)
+        if count != num_inference_steps:
+            raise ValueError(f"num_inference_steps must be a whole number, got {num_inference_steps}")
         labels_given, levels_given = _as_list("timesteps", timesteps), _as_list("sigmas", sigmas)
         # The same times again: the plan stays. A changed config is another object.
         times = (count, labels_given, levels_given, mu)

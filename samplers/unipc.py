@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .builder import PlanBuilder
 from .grid import Grid
-from .multistep import Predictor, Rule, multistep, older
+from .multistep import Corrector, Predictor, multistep, older
 from .options import ScheduleConfig, scheduler_options
 from .plan import Plan
 from .registry import SAMPLERS, register
@@ -53,7 +53,7 @@ def predictor(grid: Grid, orders: Sequence[int], *, measure: Measure, form: str)
     return Predictor(measure, rule)
 
 
-def corrector(grid: Grid, orders: Sequence[int], disabled: Sequence[int], *, measure: Measure, form: str) -> Rule:
+def corrector(grid: Grid, orders: Sequence[int], disabled: Sequence[int], *, measure: Measure, form: str) -> Corrector:
     """UniC (arXiv 2302.04867, algorithm 1): the step once more, with the prediction at its end.
 
     Args:

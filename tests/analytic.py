@@ -1,16 +1,26 @@
-"""Shared by the sampler tests: known denoisers as networks of any kind, and whole runs of any scheduler over them."""
+"""Models whose exact runs are known, as networks of any kind, and whole runs of plans and schedulers over them."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from fewstep.metrics import GaussianMixture
+from fewstep.samplers import NoiseSchedule, Plan
+from fewstep.samplers.execute import PlanRun
+from fewstep.samplers.grid import Grid
+from fewstep.samplers.schedule import Array
+
+EPSILON = sys.float_info.epsilon
 
 Clean = Callable[[torch.Tensor, float, float], torch.Tensor]
+"""The clean prediction at a sample, its signal coefficient and its noise coefficient."""
 
 STABLE_DIFFUSION: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR: dict[str, Any] = {
@@ -20,7 +30,109 @@ ZERO_SNR: dict[str, Any] = {
     "timestep_spacing": "trailing",
 }
 FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-EDM: dict[str, Any] = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
+EDM: dict[str, Any] = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}
+
+# The one-dimensional mixture of the published golden values.
+MIXTURE = GaussianMixture(
+    *(torch.tensor(v, dtype=torch.float64) for v in ([[-1.0], [0.8]], [0.25, 0.4], [0.4, 0.6]))  # type: ignore[arg-type]
+)
+
+
+class LinearVPSchedule(NoiseSchedule):
+    """The continuous linear schedule of arXiv 2011.13456, beta from 0.1 to 20; levels are sigma / alpha."""
+
+    kind = "vp"
+    num_train_timesteps = 1000
+    beta_0, beta_1 = 0.1, 20.0
+
+    def __init__(self) -> None:
+        self.max_level, self.min_level = float(self.level(1000.0)), float(self.level(1.0))
+
+    def alpha_sigma(self, level: ArrayLike) -> tuple[Array, Array]:
+        rho = np.asarray(level, np.float64)
+        return 1 / np.sqrt(1 + rho**2), rho / np.sqrt(1 + rho**2)
+
+    def level_of_rho(self, rho: float) -> float:
+        return rho
+
+    def time(self, level: ArrayLike) -> Array:
+        q = 2 * (self.beta_1 - self.beta_0) * np.log1p(np.asarray(level, np.float64) ** 2)
+        return np.asarray(q / (np.sqrt(self.beta_0**2 + q) + self.beta_0) / (self.beta_1 - self.beta_0))
+
+    def timestep(self, level: ArrayLike) -> Array:
+        return 1000.0 * self.time(level)
+
+    def level(self, timestep: ArrayLike) -> Array:
+        t = np.asarray(timestep, np.float64) / 1000.0
+        return np.asarray(np.sqrt(np.expm1(t**2 * (self.beta_1 - self.beta_0) / 2 + t * self.beta_0)))
+
+    def rho_of_time(self, lower: float, upper: float) -> tuple[Array, Array, Array]:
+        points, weights = np.polynomial.legendre.leggauss(64)
+        t = (lower + upper) / 2 + (upper - lower) / 2 * points
+        rho = self.level(1000.0 * t)
+        slope = (self.beta_0 + t * (self.beta_1 - self.beta_0)) / 2 * (rho**2 + 1) / rho
+        ends = self.level(1000.0 * np.array([lower, upper]))
+        return t, (upper - lower) / 2 * weights * slope, np.asarray(ends[1] - ends[0])
+
+
+def lambda_grid(half_logsnr: ArrayLike, schedule: NoiseSchedule | None = None) -> Grid:
+    """A grid through the given half log-SNRs; the first may be minus and the last plus infinity."""
+    schedule = schedule or LinearVPSchedule()
+    levels = np.array([schedule.level_of_rho(math.exp(-value)) for value in np.asarray(half_logsnr)])
+    return Grid.of(schedule, levels, schedule.timestep(levels[:-1]))
+
+
+def run(plan: Plan, x: torch.Tensor, clean: Clean = MIXTURE.clean, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Executes a plan made for clean-sample models."""
+    execution = PlanRun(plan)
+    for call in plan:
+        x, _ = execution.step(x, clean(x, call.alpha, call.sigma), noise)
+    return x
+
+
+def rounding(plan: Plan, grid: Grid, size: float = 4.0) -> list[float]:
+    """How far float64 rounding may take each call's sample, and the result, from a straight line.
+
+    A running error analysis: what a conversion or a row rounds, it hands on. A noise prediction divides the
+    sample's error by sigma, so stages near ``sigma_min`` hand on a multiple of what the noisy end rounded.
+
+    Args:
+        plan: the run, without its noise.
+        grid: its times.
+        size: bound of clean sample and noise.
+    """
+    bounds = [EPSILON * size * (plan.calls[0].alpha + plan.calls[0].sigma)]
+    errors, sizes = {"noise": 0.0}, {"noise": 0.0}
+    for call in plan:
+        (p, q), (p_clean, q_clean) = call.prediction, call.clean
+        x = size * (call.alpha + call.sigma)
+        network = (size + 2 * abs(p_clean) * x) / abs(q_clean)
+        handed_on = 0.0
+        if call.measure == "noise":
+            handed_on = bounds[-1] / call.sigma
+        if call.level not in grid.levels:
+            # Stages stand at a given sigma / alpha; on flow schedules alpha = 1 - sigma has lost digits there.
+            bounds[-1] += 2 * EPSILON * size * call.sigma / call.alpha
+        errors.update(sample=bounds[-1], prediction=handed_on + 4 * EPSILON * (abs(p) * x + abs(q) * network + size))
+        sizes.update(sample=x, prediction=size)
+        following = None
+        for row in call.rows:
+            total = sum(abs(c) * sizes[slot] for slot, c in row.terms)
+            error = sum(abs(c) * errors[slot] for slot, c in row.terms) + 2 * len(row.terms) * EPSILON * total
+            if row.out == "sample":
+                following = error
+            else:
+                errors[row.out], sizes[row.out] = error, total
+        for kept, source in ((call.keep_sample, "sample"), (call.keep_prediction, "prediction")):
+            if kept:
+                errors[kept], sizes[kept] = errors[source], sizes[source]
+        assert following is not None
+        bounds.append(following)
+    # The weights are rounded too.
+    return [4 * bound for bound in bounds]
+
+
+# ------------------------------------------------------------------------------------------------ any scheduler
 
 
 def kind_of(scheduler: Any) -> str:
@@ -69,7 +181,6 @@ def sample(
     begin: int | None = None,
     seed: int | None = None,
     stop: int | None = None,
-    levels: list[float] | None = None,
 ) -> torch.Tensor:
     """The loop of a pipeline over an ideal network.
 
@@ -80,7 +191,6 @@ def sample(
         begin: start at this entry of ``timesteps``, as image to image does.
         seed: of the generator of stochastic schedulers.
         stop: number of calls, all by default.
-        levels: receives the noise level of each call.
     """
     kind, prediction_type = kind_of(scheduler), scheduler.config.prediction_type
     extra = {} if seed is None else {"generator": torch.Generator().manual_seed(seed)}
@@ -89,8 +199,6 @@ def sample(
     for i, t in list(enumerate(scheduler.timesteps))[begin or 0 : stop]:
         level = float(scheduler.sigmas[i])
         alpha, sigma = alpha_sigma(kind, level)
-        if levels is not None:
-            levels.append(level)
         if kind == "edm":
             sigma_data = scheduler.config.sigma_data
             seen = scheduler.scale_model_input(x, t) * (level**2 + sigma_data**2) ** 0.5
@@ -131,11 +239,11 @@ class Truth:
             self._solved[key] = self.mixture.solve(start, (max(alpha, 1e-9), sigma), ends)
         return self._solved[key]
 
-    def error(self, scheduler: Any, **options: Any) -> float:
-        """Root mean square distance of a scheduler's result from the truth at the level where it ends."""
+    def error(self, scheduler: Any, *, at: float | None = None) -> float:
+        """Root mean square distance of a scheduler's result from the truth where it ends, or at another level."""
         kind = kind_of(scheduler)
-        first, last = float(scheduler.sigmas[0]), float(scheduler.sigmas[-1])
-        result = sample(scheduler, self.start(kind, first), self.mixture.clean, **options)
+        first, last = float(scheduler.sigmas[0]), float(scheduler.sigmas[-1] if at is None else at)
+        result = sample(scheduler, self.start(kind, first), self.mixture.clean)
         return float((result - self.end(kind, first, last)).square().mean().sqrt())
 
 

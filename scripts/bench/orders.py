@@ -29,7 +29,7 @@ _FLOW: Mapping[str, Any] = {
     "final_sigmas_type": "sigma_min",
 }
 _START, _END = -2.5, math.log(7.0)
-_FLOOR_FLOAT64, _FLOOR_FLOAT32 = 1e-9, 4e-6
+_FLOOR_FLOAT64, _FLOOR_MIXED, _FLOOR_FLOAT32 = 1e-11, 1e-9, 4e-6
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,16 @@ def measured_orders(
     Args:
         name: of the sampler.
         steps: numbers of steps, each twice the one before.
-        exact_start: give multistep samplers of order 3 and more without corrector the exact solution in the place of
-            their first results. Without it their first step, which is Euler's, limits them to order 2.
+        exact_start: give multistep samplers of order 3 and more the exact solution in the place of their first
+            results. Without it their first step, which is Euler's, limits them to order 2, or with a corrector to 3.
         options: of the scheduler beside the sampler's own.
     """
     sampler = SAMPLERS[name]
     scheduler = sampler.build(_FLOW, **options)
-    if "lower_order_final" in scheduler.config and "lower_order_final" not in options:
-        scheduler = sampler.build(_FLOW, lower_order_final=False, **options)
-    ramp = sampler.order - 1 if exact_start and sampler.order > 2 and _is_uncorrected_multistep(scheduler) else 0
+    ramp = sampler.order - 1 if exact_start and sampler.order > 2 and _is_multistep(scheduler) else 0
+    own = {"lower_order_final": False, "disable_corrector": list(range(ramp))}
+    chosen = {key: value for key, value in own.items() if key in scheduler.config}
+    scheduler = sampler.build(_FLOW, **{**chosen, **options})
 
     def solve(problem: Problem, count: int) -> torch.Tensor:
         scheduler.set_timesteps(sigmas=grid(count))
@@ -175,7 +176,7 @@ DIFFUSERS: Mapping[str, tuple[str, int, dict[str, Any]]] = {
 def diffusers_orders(name: str, *, steps: Sequence[int] = STEPS) -> Convergence:
     """The convergence of one of diffusers' classes, on the same grids.
 
-    ``DPMSolverMultistepScheduler`` rounds every sample to float32: its floor is higher.
+    ``DPMSolverMultistepScheduler`` rounds every sample to float32, others some coefficients: their floors are higher.
 
     Args:
         name: key of ``DIFFUSERS``.
@@ -184,7 +185,7 @@ def diffusers_orders(name: str, *, steps: Sequence[int] = STEPS) -> Convergence:
     theirs, stated, options = DIFFUSERS[name]
     ramp = stated - 1 if stated > 2 and theirs in (_MULTI, _DEIS) else 0
     stochastic = "sde" in str(options.get("algorithm_type"))
-    floor = _FLOOR_FLOAT32 if theirs == _MULTI else _FLOOR_FLOAT64
+    floor = _FLOOR_FLOAT32 if theirs == _MULTI else _FLOOR_MIXED
 
     def solve(problem: Problem, count: int) -> torch.Tensor:
         config = {**_FLOW, "num_train_timesteps": 1000, "lower_order_final": False, **options}
@@ -213,7 +214,7 @@ def all_orders() -> Iterator[Convergence]:
 
 
 def convergence(
-    name: str, library: str, stated: int, solve: Callable[[Problem, int], torch.Tensor], floor: float = _FLOOR_FLOAT64
+    name: str, library: str, stated: int, solve: Callable[[Problem, int], torch.Tensor], floor: float = _FLOOR_MIXED
 ) -> Convergence:
     """Measures any deterministic solver.
 
@@ -253,10 +254,8 @@ def _run(
     return sample.double()
 
 
-def _is_uncorrected_multistep(scheduler: PlanScheduler) -> bool:
-    config = scheduler.config
-    one_step = config.get("method") == "singlestep" or config.get("solver_type") == "rhork"
-    return not one_step and "disable_corrector" not in config
+def _is_multistep(scheduler: PlanScheduler) -> bool:
+    return scheduler.config.get("method") != "singlestep" and scheduler.config.get("solver_type") != "rhork"
 
 
 def orders_table(results: Sequence[Convergence], *, markdown: bool = False) -> str:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from analytic import MIXTURE, lambda_grid, run
 from fewstep.samplers import deis, dpm_solver, unipc
+from fewstep.samplers.builder import PlanBuilder
 from fewstep.samplers.multistep import multistep
 from fewstep.samplers.weights import Node, Weights, phi
-from truth import MIXTURE, builder, lambda_grid, run
 
 NODES = lambda_grid([-1.5, -0.9, -0.2, 0.6])
 COMMON = {"lower_order_final": False, "euler_at_final": False}
@@ -111,8 +112,7 @@ TRAJECTORY = lambda_grid(np.linspace(-2.5, 2.0, 7))
 
 
 def multistep_run(predictor, corrector=None, form="classic"):
-    prediction_type = "sample"
-    plan = multistep(builder(TRAJECTORY, prediction_type), predictor, corrector, form=form)
+    plan = multistep(PlanBuilder(TRAJECTORY, "sample"), predictor, corrector, form=form)
     return float(run(plan, torch.ones(1, 1, dtype=torch.float64)))
 
 
@@ -134,13 +134,15 @@ def unipc_trajectory(order, form, measure="data", corrector_form="classic"):
 def singlestep_trajectory(order, form):
     """Six outer steps, the inner nodes at equal distances in lambda."""
     grid = lambda_grid(np.linspace(-2.5, 2.0, 6 * order + 1))
-    options = {"measure": "data", "stochastic": False, "form": form, "lower_order_final": False}
-    plan = dpm_solver.singlestep(builder(grid), order=order, diffusers_third_order=False, **options)
+    options = {"measure": "data", "stochastic": False, "form": form, **COMMON}
+    plan = dpm_solver.singlestep(PlanBuilder(grid, "sample"), order=order, diffusers_third_order=False, **options)
     return float(run(plan, torch.ones(1, 1, dtype=torch.float64)))
 
 
 def runge_kutta_trajectory(order):
-    return float(run(deis.runge_kutta(builder(TRAJECTORY), order=order), torch.ones(1, 1, dtype=torch.float64)))
+    return float(
+        run(deis.runge_kutta(PlanBuilder(TRAJECTORY, "sample"), order=order), torch.ones(1, 1, dtype=torch.float64))
+    )
 
 
 # Values at lambda = 2 after six steps from x = 1 at lambda = -2.5.
