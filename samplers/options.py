@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from diffusers.configuration_utils import register_to_config
 
+from .prediction import PREDICTION_TYPES
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -152,3 +154,36 @@ def scheduler_options(**overrides: Any) -> Callable[[Callable[..., None]], Calla
         return registered
 
     return decorate
+
+
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "prediction_type": PREDICTION_TYPES,
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "sigma_schedule": ("karras", "exponential"),
+}
+_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+def check_options(config: Mapping[str, Any]) -> None:
+    """Refuses values of schedule options that do not exist or contradict each other.
+
+    Raises:
+        ValueError: naming the option, its value and what to use.
+    """
+    for name, allowed in _CHOICES.items():
+        if config[name] not in allowed:
+            raise ValueError(f"{name} {config[name]!r} is unknown; use one of {', '.join(allowed)}")
+    chosen = [name for name in _SPACINGS if config[name]]
+    if len(chosen) > 1:
+        raise ValueError(f"only one re-spacing can be used, got {' and '.join(chosen)}; set the others to False")
+    ratio, limit = config["dynamic_thresholding_ratio"], config["sample_max_value"]
+    if config["thresholding"] and not 0.0 < ratio <= 1.0:
+        raise ValueError(f"dynamic_thresholding_ratio {ratio} must lie in (0, 1]")
+    if config["thresholding"] and limit is not None and limit < 1.0:
+        raise ValueError(f"sample_max_value {limit} must be at least 1, or None for no limit")
+    if config["sigma_data"] is not None and config["prediction_type"] not in ("epsilon", "v_prediction"):
+        raise ValueError(
+            f"prediction_type {config['prediction_type']!r} has no meaning on an EDM schedule; "
+            "use epsilon or v_prediction, or leave sigma_data out"
+        )

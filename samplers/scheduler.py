@@ -19,8 +19,8 @@ from .execute import PlanRun, Thresholding, accumulation_dtype
 from .foreign import options_from
 from .grid import Grid, make_grid
 from .noise import NoiseStreams, draw_from
+from .options import check_options
 from .plan import Plan
-from .prediction import PREDICTION_TYPES
 from .presets import check_preset, preset_options
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, schedule_from_config
 
@@ -98,43 +98,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _setup(self) -> None:
         """Checks the shared options and makes the schedule; subclasses call it at the end of ``__init__``."""
         config = self.config
-        if config.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction_type {config.prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}"
-            )
-        chosen = [name for name in ("karras", "exponential", "beta") if config[f"use_{name}_sigmas"]]
-        chosen += ["lu_lambdas"] if config.use_lu_lambdas else []
-        if len(chosen) > 1:
-            raise ValueError(f"only one re-spacing can be used, got {' and '.join(chosen)}; set the others to False")
-        if config.final_sigmas_type not in ("zero", "sigma_min"):
-            raise ValueError(f"final_sigmas_type {config.final_sigmas_type!r} is unknown; use zero or sigma_min")
-        if config.timestep_spacing not in ("linspace", "leading", "trailing"):
-            raise ValueError(
-                f"timestep_spacing {config.timestep_spacing!r} is unknown; use linspace, leading or trailing"
-            )
-        if config.sigma_schedule not in ("karras", "exponential"):
-            raise ValueError(f"sigma_schedule {config.sigma_schedule!r} is unknown; use karras or exponential")
-        if config.variance_type not in (
-            None,
-            "learned",
-            "learned_range",
-            "fixed_small",
-            "fixed_small_log",
-            "fixed_large",
-        ):
-            self.register_to_config(variance_type=None)
-        if config.thresholding and not 0.0 < config.dynamic_thresholding_ratio <= 1.0:
-            raise ValueError(f"dynamic_thresholding_ratio {config.dynamic_thresholding_ratio} must lie in (0, 1]")
-        if config.thresholding and config.sample_max_value is not None and config.sample_max_value < 1.0:
-            raise ValueError(f"sample_max_value {config.sample_max_value} must be at least 1, or None for no limit")
+        check_options(config)
         self.schedule = schedule_from_config(config)
         if isinstance(self.schedule, DiscreteVPSchedule):
             self.alphas_cumprod = self.schedule.alphas_cumprod
             self.betas = 1.0 - self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
-        if isinstance(self.schedule, EDMSchedule) and config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction_type {config.prediction_type!r} has no meaning on an EDM schedule")
-        if not isinstance(self.schedule, FlowSchedule) and config.use_dynamic_shifting and config.use_flow_sigmas:
-            raise ValueError("use_dynamic_shifting needs a flow schedule")
         check_preset(config.preset, type(self).__name__, self.schedule.kind)
         self.init_noise_sigma = 1.0
         if isinstance(self.schedule, EDMSchedule):
