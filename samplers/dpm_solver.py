@@ -235,32 +235,25 @@ class DPMSolverPPScheduler(PlanScheduler):
         self._setup()
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
-        measure, stochastic = _ALGORITHMS[options["algorithm_type"]]
         if options["method"] == "singlestep":
-            return singlestep(
-                plan,
-                order=options["solver_order"],
-                measure=measure,
-                stochastic=stochastic,
-                form=options["solver_type"],
-                lower_order_final=options["lower_order_final"],
-                euler_at_final=options["euler_at_final"],
-                diffusers_third_order=options["diffusers_third_order"],
-            )
+            return singlestep(plan, **_solver_options(options))
         return multistep(plan, self._predictor(plan.grid, options))
 
     def _predictor(self, grid: Grid, options: Mapping[str, Any]) -> Predictor:
-        measure, stochastic = _ALGORITHMS[options["algorithm_type"]]
-        return predictor(
-            grid,
-            order=options["solver_order"],
-            measure=measure,
-            stochastic=stochastic,
-            form=options["solver_type"],
-            lower_order_final=options["lower_order_final"],
-            euler_at_final=options["euler_at_final"],
-            diffusers_third_order=options["diffusers_third_order"],
-        )
+        return predictor(grid, **_solver_options(options))
+
+
+def _solver_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``predictor`` and ``singlestep`` take, of a scheduler's options."""
+    measure, stochastic = _ALGORITHMS[options["algorithm_type"]]
+    same = ("lower_order_final", "euler_at_final", "diffusers_third_order")
+    return {
+        "order": options["solver_order"],
+        "measure": measure,
+        "stochastic": stochastic,
+        "form": options["solver_type"],
+        **{name: options[name] for name in same},
+    }
 
 
 _PAPER = "arXiv 2211.01095"

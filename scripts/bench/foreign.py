@@ -1,4 +1,4 @@
-"""Solvers of other libraries, where they are installed, on the problems of ``orders``."""
+"""Solvers of other libraries, where they are installed, on the problems of ``convergence``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .orders import Convergence, Problem, convergence, grid
+from .convergence import Convergence, Problem, convergence, grid
 
 LIBRARIES: Mapping[str, str] = {"k_diffusion": "k-diffusion", "azula": "azula"}
 """Module -> name."""

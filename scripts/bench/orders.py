@@ -1,25 +1,28 @@
-"""Orders of convergence, measured where the exact trajectory is known."""
+"""Orders of convergence of our solvers, diffusers' and others'."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 
-from fewstep.metrics import GaussianMixture
 from fewstep.samplers import SAMPLERS, PlanScheduler
 
+from .convergence import (
+    FLOOR_FLOAT32,
+    FLOOR_FLOAT64,
+    FLOOR_MIXED,
+    STEPS,
+    Convergence,
+    Problem,
+    errors_of,
+    grid,
+)
+from .foreign import foreign_orders
 from .output import table
-
-STEPS = (24, 48, 96, 192, 384)
-"""Multiples of 6, so that singlestep solvers of order 2 and 3 have whole groups."""
 
 # Rectified flow with 8 timesteps: sigma_min is 1/8, so a run that ends there ends at half log-SNR log 7.
 _FLOW: Mapping[str, Any] = {
@@ -28,105 +31,6 @@ _FLOW: Mapping[str, Any] = {
     "prediction_type": "sample",
     "final_sigmas_type": "sigma_min",
 }
-_START, _END = -2.5, math.log(7.0)
-_FLOOR_FLOAT64, _FLOOR_MIXED, _FLOOR_FLOAT32 = 1e-11, 1e-9, 4e-6
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """The error of one solver over the number of steps.
-
-    Attributes:
-        name: of the solver.
-        library: whose it is.
-        stated: order of convergence that its authors state.
-        errors: ``(steps, error)``, the largest error over the start points.
-        floor: errors below it are rounding and do not count.
-    """
-
-    name: str
-    library: str
-    stated: int
-    errors: tuple[tuple[int, float], ...]
-    floor: float
-
-    @property
-    def order(self) -> float:
-        """Slope over the last doublings, two at most, whose errors lie above the floor."""
-        above = [(n, e) for n, e in self.errors if e > self.floor][-3:]
-        if len(above) < 2:
-            return math.nan
-        (first, large), (last, small) = above[0], above[-1]
-        return math.log(large / small) / math.log(last / first)
-
-
-class Problem:
-    """A model whose trajectory from half log-SNR -2.5 to log 7 is known on a smooth grid of uneven steps."""
-
-    start: torch.Tensor
-
-    def clean(self, sample: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-        """The model's clean prediction."""
-        raise NotImplementedError
-
-    def exact(self, steps: int, k: int) -> torch.Tensor:
-        """The solution at node ``k`` of the grid with that many steps, ``(batch, 1)``."""
-        raise NotImplementedError
-
-
-class MixtureFlow(Problem):
-    """The probability flow of a mixture of two Gaussians in one dimension, from nine points."""
-
-    def __init__(self) -> None:
-        self.mixture = GaussianMixture(
-            means=torch.tensor([[-1.0], [0.8]]), stds=torch.tensor([0.25, 0.4]), weights=torch.tensor([0.4, 0.6])
-        )
-        self.start = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64).unsqueeze(1)
-        self._known: dict[float, torch.Tensor] = {}
-
-    def clean(self, sample: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-        return self.mixture.clean(sample, alpha, sigma)
-
-    def exact(self, steps: int, k: int) -> torch.Tensor:
-        levels = grid(steps)
-        level = float(levels[k])
-        if level not in self._known:
-            ends = ((1.0 - s, s) for s in (float(levels[0]), level))
-            self._known[level] = self.mixture.solve(self.start, *ends)
-        return self._known[level]
-
-
-class SineDrift(Problem):
-    """The reverse SDE without its noise, for clean predictions ``sin(lambda + phase)``: solved in closed form.
-
-    Several phases, since the errors of one may cancel.
-    """
-
-    def __init__(self) -> None:
-        self.phases = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
-        self.start = torch.ones_like(self.phases)
-
-    def clean(self, sample: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-        return torch.sin(math.log(alpha / sigma) + self.phases)
-
-    def exact(self, steps: int, k: int) -> torch.Tensor:
-        levels = grid(steps)
-        first, last = float(levels[0]), float(levels[k])
-        begin, end = (math.log((1.0 - s) / s) for s in (first, last))
-        decay = math.exp(begin - end)
-        # int 2 exp(2 l) sin(l) dl = 2 / 5 exp(2 l) (2 sin(l) - cos(l))
-        upper, lower = (2 * torch.sin(l + self.phases) - torch.cos(l + self.phases) for l in (end, begin))
-        return last / first * decay * self.start + (1.0 - last) * (2 / 5) * (upper - decay**2 * lower)
-
-
-@functools.cache
-def grid(steps: int) -> np.ndarray:
-    """``steps + 1`` flow levels whose half log-SNR is a smooth, uneven function of their index."""
-    u = np.linspace(0.0, 1.0, steps + 1)
-    half_logsnr = _START + (_END - _START) * (u + 0.25 * np.sin(2 * math.pi * u) / (2 * math.pi))
-    levels = 1.0 / (1.0 + np.exp(half_logsnr))
-    # What schedulers keep in their tables is float32: both mean the same numbers.
-    return np.asarray(levels.astype(np.float32), np.float64)
 
 
 def measured_orders(
@@ -156,7 +60,7 @@ def measured_orders(
         calls = [(call.alpha, call.sigma) for call in scheduler.plan]
         return _run(scheduler, calls, problem, count, ramp, sampler.stochastic)
 
-    return Convergence(name, "fewstep", sampler.order, _errors(solve, steps, sampler.stochastic), _FLOOR_FLOAT64)
+    return Convergence(name, "fewstep", sampler.order, errors_of(solve, steps, sampler.stochastic), FLOOR_FLOAT64)
 
 
 _MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
@@ -185,7 +89,7 @@ def diffusers_orders(name: str, *, steps: Sequence[int] = STEPS) -> Convergence:
     theirs, stated, options = DIFFUSERS[name]
     ramp = stated - 1 if stated > 2 and theirs in (_MULTI, _DEIS) else 0
     stochastic = "sde" in str(options.get("algorithm_type"))
-    floor = _FLOOR_FLOAT32 if theirs == _MULTI else _FLOOR_MIXED
+    floor = FLOOR_FLOAT32 if theirs == _MULTI else FLOOR_MIXED
 
     def solve(problem: Problem, count: int) -> torch.Tensor:
         config = {**_FLOW, "num_train_timesteps": 1000, "lower_order_final": False, **options}
@@ -199,45 +103,16 @@ def diffusers_orders(name: str, *, steps: Sequence[int] = STEPS) -> Convergence:
         calls = [(1.0 - s, s) for s in levels[:-1].tolist()]
         return _run(scheduler, calls, problem, count, ramp, stochastic)
 
-    return Convergence(name, "diffusers", stated, _errors(solve, steps, stochastic), floor)
+    return Convergence(name, "diffusers", stated, errors_of(solve, steps, stochastic), floor)
 
 
 def all_orders() -> Iterator[Convergence]:
     """Every sampler of ours, diffusers' classes, and the solvers of other libraries that are installed."""
-    from .foreign import foreign_orders
-
     for name in SAMPLERS:
         yield measured_orders(name)
     for name in DIFFUSERS:
         yield diffusers_orders(name)
     yield from foreign_orders()
-
-
-def convergence(
-    name: str, library: str, stated: int, solve: Callable[[Problem, int], torch.Tensor], floor: float = _FLOOR_MIXED
-) -> Convergence:
-    """Measures any deterministic solver.
-
-    Args:
-        name: of the solver.
-        library: whose it is.
-        stated: its order.
-        solve: ``solve(problem, steps)`` gives the result at the end of ``grid(steps)``.
-        floor: its rounding errors.
-    """
-    return Convergence(name, library, stated, _errors(solve, STEPS, False), floor)
-
-
-@functools.cache
-def _problem(stochastic: bool) -> Problem:
-    return SineDrift() if stochastic else MixtureFlow()
-
-
-def _errors(
-    solve: Callable[[Problem, int], torch.Tensor], steps: Sequence[int], stochastic: bool
-) -> tuple[tuple[int, float], ...]:
-    problem = _problem(stochastic)
-    return tuple((n, float((solve(problem, n) - problem.exact(n, n)).abs().max())) for n in steps)
 
 
 def _run(

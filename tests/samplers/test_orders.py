@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fewstep.samplers import SAMPLERS, PlanScheduler
-from fewstep.scripts.bench import orders
+from fewstep.scripts.bench import convergence, orders
 
 STEPS = (96, 192, 384)
 """Multiples of 6: singlestep samplers of order 2 and 3 have whole groups."""
 
-EXACT: dict[bool, orders.Problem] = {False: orders.MixtureFlow(), True: orders.SineDrift()}
+EXACT: dict[bool, convergence.Problem] = {False: convergence.MixtureFlow(), True: convergence.SineDrift()}
 """The probability flow of a Gaussian mixture, and for stochastic samplers the drift of the reverse SDE."""
 
 # Flow levels, so that the run begins and ends at a finite half log-SNR; at equal steps some errors cancel.
@@ -41,7 +41,7 @@ def error(name: str, steps: int) -> float:
     one_step = built(name, 0).order > 1 or sampler.options.get("method") == "singlestep"
     ramp = sampler.order - 1 if sampler.order > 2 and not one_step else 0
     scheduler = built(name, ramp)
-    scheduler.set_timesteps(sigmas=orders.grid(steps))
+    scheduler.set_timesteps(sigmas=convergence.grid(steps))
     x = problem.start
     for k, call in enumerate(scheduler.plan):
         u = problem.clean(x, call.alpha, call.sigma)
@@ -62,7 +62,7 @@ def test_order(name):
 def test_the_exact_solution_solves_the_probability_flow():
     """``d (x / alpha) / d (sigma / alpha)`` is the noise prediction: the reference by central differences."""
     problem = EXACT[False]
-    levels = orders.grid(768)
+    levels = convergence.grid(768)
     for k in (100, 400, 700):
         (before, x, after), s = (problem.exact(768, i) for i in (k - 1, k, k + 1)), levels[k - 1 : k + 2]
         alpha, sigma = 1.0 - s, s

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.samplers import SAMPLERS
-from fewstep.scripts.bench import accuracy, foreign, orders, step
+from fewstep.scripts.bench import accuracy, convergence, foreign, orders, step
 from fewstep.scripts.bench.output import STABLE_DIFFUSION, table
 from fewstep.scripts.cli import main
 
@@ -124,9 +124,9 @@ def test_measure_returns_both_sides():
 
 def test_measured_order_is_the_slope_above_the_floor():
     errors = ((10, 1e-2), (20, 1e-2 / 8), (40, 1e-2 / 64), (80, 1e-12))
-    measured = orders.Convergence("cubic", "nobody", 3, errors, floor=1e-9)
+    measured = convergence.Convergence("cubic", "nobody", 3, errors, floor=1e-9)
     assert measured.order == pytest.approx(3.0)
-    assert math.isnan(orders.Convergence("rounding", "nobody", 3, errors[2:], floor=1e-9).order)
+    assert math.isnan(convergence.Convergence("rounding", "nobody", 3, errors[2:], floor=1e-9).order)
 
 
 def test_exact_start_is_what_third_orders_need():
@@ -135,7 +135,7 @@ def test_exact_start_is_what_third_orders_need():
     exact, ramp = (orders.measured_orders("dpm++3m", steps=steps, exact_start=start) for start in (True, False))
     assert exact.order == pytest.approx(3.0, abs=0.15)
     added = [(n, e - own) for (n, e), (_, own) in zip(ramp.errors, exact.errors, strict=True)]
-    assert orders.Convergence("start", "", 2, tuple(added), 0.0).order == pytest.approx(2.0, abs=0.25)
+    assert convergence.Convergence("start", "", 2, tuple(added), 0.0).order == pytest.approx(2.0, abs=0.25)
 
 
 def test_options_reach_the_sampler():
@@ -144,7 +144,7 @@ def test_options_reach_the_sampler():
 
 def test_drift_is_solved_exactly():
     """The closed form against fine steps of the third-order sampler."""
-    drift = orders.SineDrift()
+    drift = convergence.SineDrift()
     assert torch.equal(drift.exact(24, 0), drift.start)
     errors = dict(orders.measured_orders("sde-dpm++3m", steps=(96, 384)).errors)
     assert errors[384] < 2e-6
@@ -167,7 +167,7 @@ def test_same_solver_same_errors():
 
 
 def test_grid_is_uneven_and_decreases():
-    levels = orders.grid(24)
+    levels = convergence.grid(24)
     assert (np.diff(levels) < 0).all()
     assert levels[-1] == pytest.approx(1 / 8)
     steps = -np.diff(np.log(levels / (1 - levels)))
