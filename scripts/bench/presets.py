@@ -60,9 +60,9 @@ def measure_presets(*, noises: int = 8, mixtures: int = 4) -> dict[str, Any]:
     cells = list(itertools.product(MODELS.items(), GUIDANCE))
     for (kind, configs), guidance in tqdm(cells, desc="presets"):
         problems = [
-            [_mixture_problem(config, kind, seed, guidance, noises) for seed in range(mixtures)] for config in configs
+            [mixture_problem(config, kind, seed, guidance, noises) for seed in range(mixtures)] for config in configs
         ]
-        problems += [[_digits_problem(guidance, noises)]] if kind == "vp" else []
+        problems += [[digits_problem(0, guidance, noises)]] if kind == "vp" else []
         for scheduler in SCHEDULERS:
             row = table.setdefault(kind, {}).setdefault(scheduler.__name__, {}).setdefault(f"{guidance:g}", {})
             default, defaults = _errors(scheduler, {}, problems), _defaults(scheduler, configs[0])
@@ -97,7 +97,7 @@ def _mean(errors: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """A model, its initial noises and where they go.
 
     Attributes:
@@ -113,6 +113,7 @@ class _Problem:
     end: torch.Tensor
 
     def error(self, scheduler: PlanScheduler, steps: int) -> float:
+        """Root mean square error of a run."""
         return float((_run(scheduler, self.output, self.x, steps) - self.end).square().mean().sqrt())
 
 
@@ -125,9 +126,10 @@ def _run(
     return x
 
 
-def _mixture_problem(config: Mapping[str, Any], kind: str, seed: int, guidance: float, noises: int) -> _Problem:
+def mixture_problem(config: Mapping[str, Any], kind: str, seed: int, guidance: float, noises: int) -> Problem:
+    """A Gaussian mixture, against its exact flow; with guidance between one component and the whole."""
     mixture = GaussianMixture.random(seed=seed)
-    pair = None if guidance == 1.0 else GuidedPair(mixture.component(seed), mixture, guidance)
+    pair = None if guidance == 1.0 else GuidedPair(mixture.component(seed % len(mixture.means)), mixture, guidance)
     model = pair or mixture
 
     def output(x: torch.Tensor, call: Call) -> torch.Tensor:
@@ -140,10 +142,10 @@ def _mixture_problem(config: Mapping[str, Any], kind: str, seed: int, guidance: 
     start = (1 - _FLOW_START, _FLOW_START) if kind == "flow" else (first.alpha, first.sigma)
     x = torch.randn(noises, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x = x * (first.sigma if kind == "edm" else 1.0)
-    return _Problem(config, output, x, mixture.solve(x, start, (1.0, 0.0), guidance=pair))
+    return Problem(config, output, x, mixture.solve(x, start, (1.0, 0.0), guidance=pair))
 
 
-def _digits_problem(guidance: float, noises: int) -> _Problem:
+def digits_problem(seed: int, guidance: float, noises: int) -> Problem:
     """The bundled model, against 300 steps."""
     loaded = load_model("digits-small", "float32", "cpu")
     network = loaded.pipeline.transformer
@@ -162,8 +164,8 @@ def _digits_problem(guidance: float, noises: int) -> _Problem:
 
     config = {key: value for key, value in loaded.scheduler_config.items() if key in ScheduleConfig.__annotations__}
     config |= {"timestep_spacing": "linspace", "sample_max_value": None}
-    x = torch.randn(noises, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    return _Problem(config, output, x, _run(DPMSolverPPScheduler(**config), output, x, 300))
+    x = torch.randn(noises, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return Problem(config, output, x, _run(DPMSolverPPScheduler(**config), output, x, 300))
 
 
 def _candidates(scheduler: type[PlanScheduler]) -> Iterator[dict[str, Any]]:
@@ -192,7 +194,7 @@ def _defaults(scheduler: type[PlanScheduler], config: Mapping[str, Any]) -> dict
     return {key: chosen[key] for key in ("final_sigmas_type", "solver_type", "solver_order", "lower_order_final")}
 
 
-def _errors(scheduler: type[PlanScheduler], options: Mapping[str, Any], problems: list[list[_Problem]]) -> np.ndarray:
+def _errors(scheduler: type[PlanScheduler], options: Mapping[str, Any], problems: list[list[Problem]]) -> np.ndarray:
     """``(len(STEPS), problems)``; infinite where a run overflows."""
     columns = []
     for same_config in problems:
