@@ -26,7 +26,7 @@ demo: $(VENV)/installed
 	@echo "The pictures are in $(DEMO)/grid.png"
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,11 +1,21 @@
-"""Quiet libraries, and no way to the model hub."""
+"""One thread, quiet libraries, and no way to the model hub."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
+# Tensors of the tests are tiny: threads would only wait for each other. Also for the programs that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
+import torch
 from diffusers.utils import logging
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
