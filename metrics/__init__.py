@@ -1,5 +1,6 @@
 """Measures of generated images: features, the Frechet distance, the inception score, agreement with labels."""
 
+from .artifacts import STABLE_DIFFUSION_LATENTS, ChannelNormalization, magnitude_score
 from .classifier import DigitsClassifier
 from .frechet import frechet_distance
 from .mixture import GaussianMixture, GuidedPair
@@ -7,7 +8,9 @@ from .scores import Agreement, InceptionScore, class_agreement, inception_score
 from .statistics import FeatureStatistics, ReferenceStatistics, digits_statistics
 
 __all__ = [
+    "STABLE_DIFFUSION_LATENTS",
     "Agreement",
+    "ChannelNormalization",
     "DigitsClassifier",
     "FeatureStatistics",
     "GaussianMixture",
@@ -18,4 +21,5 @@ __all__ = [
     "digits_statistics",
     "frechet_distance",
     "inception_score",
+    "magnitude_score",
 ]

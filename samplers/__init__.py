@@ -4,28 +4,60 @@
 package is also what lets ``from_pretrained`` load pipelines that were saved with these schedulers.
 """
 
+import typing
+
+from .cascade import CascadeRegression
+from .compensation import RatioSearch, search_ratios, search_ratios_over
+from .dc_solver import DCSolverScheduler
 from .deis import DEISScheduler
 from .dpm_solver import DPMSolverPPScheduler
+from .ghvb import GHVBScheduler
+from .heavy_ball import HeavyBallScheduler
 from .plan import Call, Plan, Row
 from .registry import SAMPLERS, Sampler, register
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
+from .stability import stability_limit
+from .trajectory import Trajectory, fine_trajectory
 from .unipc import UniPCScheduler
+
+if typing.TYPE_CHECKING:
+    from .stitch import StitchedDenoiser
 
 __all__ = [
     "SAMPLERS",
     "Call",
+    "CascadeRegression",
+    "DCSolverScheduler",
     "DEISScheduler",
     "DPMSolverPPScheduler",
     "DiscreteVPSchedule",
     "EDMSchedule",
     "FlowSchedule",
+    "GHVBScheduler",
+    "HeavyBallScheduler",
     "NoiseSchedule",
     "Plan",
     "PlanScheduler",
     "PlanSchedulerOutput",
+    "RatioSearch",
     "Row",
     "Sampler",
+    "StitchedDenoiser",
+    "Trajectory",
     "UniPCScheduler",
+    "fine_trajectory",
     "register",
+    "search_ratios",
+    "search_ratios_over",
+    "stability_limit",
 ]
+
+
+def __getattr__(name: str) -> typing.Any:
+    # diffusers' networks bring accelerate and transformers; a pipeline that loads a stitched denoiser asks for both.
+    if name in ("ModelMixin", "StitchedDenoiser"):
+        from . import stitch
+
+        return getattr(stitch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

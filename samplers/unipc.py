@@ -133,22 +133,32 @@ class UniPCScheduler(PlanScheduler):
         corrector_form: str = "classic",
         **schedule: Unpack[ScheduleConfig],
     ) -> None:
-        if solver_type in _FOREIGN_FORMS:
-            self.register_to_config(solver_type="bh2")
-        elif solver_type not in ("bh1", "bh2"):
-            raise ValueError(f"solver_type {solver_type!r} is unknown; use bh1 or bh2")
-        if solver_order not in (1, 2, 3, 4):
-            raise ValueError(f"solver_order {solver_order} must be 1, 2, 3 or 4")
-        if corrector_form not in ("classic", "delta"):
-            raise ValueError(f"corrector_form {corrector_form!r} is unknown; use classic or delta")
-        self.register_to_config(disable_corrector=[int(i) for i in disable_corrector])
-        if isinstance(solver_p, PlanScheduler):
-            self.register_to_config(solver_p=_name_of(solver_p))
-        if self.config.solver_p is not None:
-            _predictor_options(self.config.solver_p)
+        self._check()
         self._setup()
 
+    def _check(self) -> None:
+        """Checks the options of UniPC in the config, and translates foreign values."""
+        config = self.config
+        if config.solver_type in _FOREIGN_FORMS:
+            self.register_to_config(solver_type="bh2")
+        elif config.solver_type not in ("bh1", "bh2"):
+            raise ValueError(f"solver_type {config.solver_type!r} is unknown; use bh1 or bh2")
+        if config.solver_order not in (1, 2, 3, 4):
+            raise ValueError(f"solver_order {config.solver_order} must be 1, 2, 3 or 4")
+        if config.corrector_form not in ("classic", "delta"):
+            raise ValueError(f"corrector_form {config.corrector_form!r} is unknown; use classic or delta")
+        self.register_to_config(disable_corrector=[int(i) for i in config.disable_corrector])
+        if isinstance(config.solver_p, PlanScheduler):
+            self.register_to_config(solver_p=_name_of(config.solver_p))
+        if self.config.solver_p is not None:
+            _predictor_options(self.config.solver_p)
+
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
+        chosen, rule = self._parts(plan, options)
+        return multistep(plan, chosen, rule, form=options["corrector_form"])
+
+    def _parts(self, plan: PlanBuilder, options: Mapping[str, Any]) -> tuple[Predictor, Corrector]:
+        """What the plan is made of."""
         grid = plan.grid
         orders = step_orders(grid, options["solver_order"], plan.start, options["lower_order_final"])
         measure: Measure = "data" if options["predict_x0"] else "noise"
@@ -159,8 +169,7 @@ class UniPCScheduler(PlanScheduler):
             sampler, own = _predictor_options(options["solver_p"])
             chosen = sampler._predictor(grid, {**options, **own})
             measure = chosen.measure
-        rule = corrector(grid, orders, options["disable_corrector"], measure=measure, form=form)
-        return multistep(plan, chosen, rule, form=options["corrector_form"])
+        return chosen, corrector(grid, orders, options["disable_corrector"], measure=measure, form=form)
 
 
 def _predictor_options(name: str) -> tuple[PlanScheduler, dict[str, Any]]:

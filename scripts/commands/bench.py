@@ -9,25 +9,29 @@ from pathlib import Path
 import click
 
 _FILE = click.Path(path_type=Path)
-_DIGITS = "Measure the images of a digit model."
+_LATER = {
+    "digits": "Measure the images of a digit model.",
+    "stitch": "Measure T-Stitch: a small model makes the early steps.",
+}
+"""Subcommands in files of their own, and their lines in the help."""
 
 
 class _BenchGroup(click.Group):
-    """Imports ``digits``, which needs the metrics, on its first use."""
+    """Imports the subcommands of ``_LATER``, which need the metrics, on their first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), "digits"]
+        return [*super().list_commands(ctx), *_LATER]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name != "digits":
+        if cmd_name not in _LATER:
             return super().get_command(ctx, cmd_name)
-        command: click.Command = importlib.import_module(f"{__package__}.digits").digits
+        command: click.Command = getattr(importlib.import_module(f"{__package__}.{cmd_name}"), cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         commands = [(name, command.get_short_help_str(80)) for name, command in self.commands.items()]
         with formatter.section("Commands"):
-            formatter.write_dl([*sorted(commands), ("digits", _DIGITS)])
+            formatter.write_dl([*sorted(commands), *_LATER.items()])
 
 
 @click.group(cls=_BenchGroup)

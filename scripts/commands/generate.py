@@ -17,6 +17,7 @@ _BESIDE_RECORD = {"record", "output", "batch_size", "device"}
 
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="digits-small", help="digits-small, digits-large, a diffusers folder or a hub id.")
+@click.option("--stitch", metavar="MODEL:SHARE", help="T-Stitch: a smaller model makes the first share of the steps.")
 @click.option("--sampler", default="dpm++", help="dpm++, deis, unipc or a variant; an unknown name lists all.")
 @click.option("--compare", metavar="A,B,...", help="Several samplers: one labelled picture, samplers by steps.")
 @click.option("--steps", default="10", metavar="N[,N...]", help="Steps of the sampler; several with --compare.")
@@ -47,13 +48,15 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
     fewstep generate
     fewstep generate --sampler unipc --steps 8 --classes 3,7 --number 20
     fewstep generate --compare dpm++,deis,unipc --steps 5,10,20
+    fewstep generate --model digits-large --stitch digits-small:0.4
     fewstep generate --model FOLDER --prompt "a red house" --steps 12
     fewstep generate --record generated/record.json --output again
     """  # noqa: D301  click wants the backspace itself
-    from ..generation.model import load_model, resolve_device, resolve_name
+    from ..generation.model import resolve_device, resolve_name
     from ..generation.record import check_writable, read_settings
     from ..generation.request import check_against, check_settings
     from ..generation.run import generate_images
+    from ..generation.stitched import load_stitched
 
     if batch_size < 1:
         raise ValueError(f"batch-size {batch_size} is less than 1")
@@ -67,7 +70,7 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
         device = given["device"] if "device" in typed else settings.device
         settings = replace(settings, model=resolve_name(settings.model), device=resolve_device(device))
         check_settings(settings)
-        model = load_model(settings.model, settings.dtype, settings.device)
+        model = load_stitched(settings)
     else:
         if given["compare"] is not None and "sampler" in typed:
             raise ValueError("sampler and compare exclude each other: name all samplers in --compare")
@@ -80,7 +83,7 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
 
 def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
     """Settings from the command line, and their model; what needs no model is checked before it is loaded."""
-    from ..generation.model import load_model, resolve_device, resolve_name
+    from ..generation.model import resolve_device, resolve_name
     from ..generation.record import Settings
     from ..generation.request import (
         check_settings,
@@ -91,6 +94,7 @@ def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
         parse_steps,
         read_prompts,
     )
+    from ..generation.stitched import load_stitched, resolved_stitch
 
     compare = given["compare"]
     prompts = tuple(given["prompts"])
@@ -113,9 +117,10 @@ def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
         width=given["width"],
         dtype=given["dtype"],
         device=resolve_device(given["device"]),
+        stitch=None if given["stitch"] is None else resolved_stitch(given["stitch"]),
     )
     check_settings(settings)
-    model = load_model(settings.model, settings.dtype, settings.device)
+    model = load_stitched(settings)
     chosen = () if given["classes"] is None else parse_classes(given["classes"], model)
     if given["number"] is None:
         settings = replace(settings, number=default_number(model, len(prompts or chosen)))

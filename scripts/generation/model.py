@@ -16,7 +16,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from diffusers.utils import is_transformers_available, logging
 
-import fewstep.samplers  # noqa: F401  saved schedulers of ours load only once their module is imported
+from fewstep.samplers import StitchedDenoiser  # saved schedulers of ours load only once this package is imported
 
 from .choices import unknown
 
@@ -112,6 +112,9 @@ def load_model(name: str, dtype: str, device: str) -> Model:
         reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         raise ValueError(f"model {name!r} cannot be loaded: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, StitchedDenoiser):
+            component.follow(pipeline)
     return describe(name, pipeline)
 
 

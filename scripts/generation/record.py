@@ -48,6 +48,7 @@ class Settings:
         width: pixels; None for the model's own.
         dtype: of the networks.
         device: of the networks.
+        stitch: the model of the early steps and its share of them, ``"MODEL:SHARE"``; None where one model makes all.
     """
 
     model: str
@@ -66,6 +67,7 @@ class Settings:
     width: int | None
     dtype: str
     device: str
+    stitch: str | None = None
 
     @property
     def cells(self) -> list[Cell]:
@@ -96,7 +98,7 @@ _SHAPES: dict[str, Any] = {
     "steps": [int],
     "classes": [int],
     **dict.fromkeys(("height", "width"), (int, type(None))),
-    **dict.fromkeys(("preset", "negative_prompt"), (str, type(None))),
+    **dict.fromkeys(("preset", "negative_prompt", "stitch"), (str, type(None))),
     "guidance_scale": (float, int, type(None)),
     "compare": bool,
     "options": dict,

@@ -1,0 +1,280 @@
+"""T-Stitch on two digit models: distance and time against the share of the steps that the small one makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTPipeline
+from tqdm import tqdm
+
+from fewstep.metrics import (
+    DigitsClassifier,
+    FeatureStatistics,
+    ReferenceStatistics,
+    class_agreement,
+    digits_statistics,
+    frechet_distance,
+)
+from fewstep.samplers import SAMPLERS
+from fewstep.samplers.stitch import StitchedDenoiser
+
+from ..commands.digits import generate
+from ..files import replace_file
+from ..generation.model import load_model
+from ..generation.stitched import check_interchangeable
+from .output import environment, table
+
+_GROUPS = 20
+_NORMAL = 1.96
+_TIMED_ON = ("processor", "torch_threads")
+_CLAIM = 0.4
+"""Share of early steps that arXiv 2402.14167 finds to cost no quality on DiT."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the points of one curve have in common.
+
+    Attributes:
+        small: model of the early steps, a bundled name or a folder.
+        large: model of the others.
+        sampler: name.
+        steps: sampling steps.
+        count: images a point, the ten classes in turn.
+        guidance_scale: 1 is none.
+        batch_size: images at a time.
+        seed: of image 0; image ``k`` has ``seed + k``.
+        device: cpu, cuda or mps.
+    """
+
+    small: str
+    large: str
+    sampler: str
+    steps: int
+    count: int
+    guidance_scale: float
+    batch_size: int
+    seed: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """The images of one fraction.
+
+    Attributes:
+        fraction: of the steps, that the small model makes.
+        small_steps: how many these are.
+        frechet_distance: of the bundled classifier's features to MNIST's training set.
+        left_out: the distance without each of the groups of images in turn, for intervals.
+        class_agreement: share of images of the class asked for.
+        seconds: per image, the median over the batches; the decoder included.
+    """
+
+    fraction: float
+    small_steps: int
+    frechet_distance: float
+    left_out: tuple[float, ...]
+    class_agreement: float
+    seconds: float
+
+
+class Curve:
+    """Two models, stitched at any fraction.
+
+    Args:
+        settings: of the measurement.
+
+    Raises:
+        ValueError: the models are no pipelines of digits, or know other latents or another noise schedule.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        small, large = (load_model(name, "float32", settings.device) for name in (settings.small, settings.large))
+        for option, model in (("small", small), ("large", large)):
+            grey = isinstance(model.pipeline, DiTPipeline) and model.pipeline.vae.config.out_channels == 1
+            if not grey or model.classes[:10] != tuple(range(10)):
+                raise ValueError(f"--{option} {model.name} is no DiTPipeline of digits; give one of classes 0 to 9")
+        check_interchangeable(small.pipeline, large.pipeline, small.name, large.name)
+        self._networks = [small.pipeline.transformer, large.pipeline.transformer]
+        self._pipeline = large.pipeline
+        self._pipeline.scheduler = SAMPLERS[settings.sampler].build(large.scheduler_config)
+        self._classifier = DigitsClassifier.bundled()
+        self._reference = digits_statistics("train", self._classifier)
+
+    def warm_up(self) -> None:
+        """Runs both models once, so that no point's time holds what only the first call does."""
+        self._stitch(0.5)
+        generate(self._pipeline, range(self.settings.batch_size), steps=2, scale=self.settings.guidance_scale, seed=0)
+
+    def measure(self, fraction: float) -> Point:
+        """Generates and measures the images of one fraction.
+
+        Args:
+            fraction: of the steps, that the small model makes; in 0 to 1.
+        """
+        settings = self.settings
+        stitched = self._stitch(fraction)
+        features, logits, seconds = [], [], []
+        for begin in tqdm(
+            range(0, settings.count, settings.batch_size), desc=f"fraction {fraction:g}", unit="batch", leave=False
+        ):
+            indices = range(begin, min(begin + settings.batch_size, settings.count))
+            clock = time.perf_counter()
+            images = generate(
+                self._pipeline, indices, steps=settings.steps, scale=settings.guidance_scale, seed=settings.seed
+            ).cpu()
+            seconds.append((time.perf_counter() - clock) / len(indices))
+            with torch.no_grad():
+                # The reference was made from 8-bit images.
+                features.append(self._classifier.features(images.mul(255.0).round().div(127.5).sub(1.0)))
+                logits.append(self._classifier.classify(features[-1]))
+        distance, left_out = distance_with_groups(torch.cat(features), self._reference)
+        steps = self._pipeline.scheduler.num_inference_steps
+        return Point(
+            fraction=fraction,
+            small_steps=sum(stitched.model_of_step(i, steps) == 0 for i in range(steps)),
+            frechet_distance=distance,
+            left_out=left_out,
+            class_agreement=class_agreement(torch.cat(logits), torch.arange(settings.count) % 10).rate,
+            seconds=statistics.median(seconds),
+        )
+
+    def _stitch(self, fraction: float) -> StitchedDenoiser:
+        stitched = StitchedDenoiser(self._networks, [fraction, 1.0 - fraction], by="step").follow(self._pipeline)
+        self._pipeline.transformer = stitched
+        return stitched
+
+
+def distance_with_groups(features: torch.Tensor, reference: ReferenceStatistics) -> tuple[float, tuple[float, ...]]:
+    """The Frechet distance of all features, and without each of 20 groups of neighbours in turn.
+
+    Args:
+        features: ``(count, D)``.
+        reference: of the same extractor.
+    """
+
+    def distance(chosen: torch.Tensor) -> float:
+        gathered = FeatureStatistics(features.shape[1])
+        gathered.update(chosen)
+        return frechet_distance(*gathered.compute(), reference.mean, reference.covariance)
+
+    group = torch.arange(len(features)) * _GROUPS // len(features)
+    return distance(features), tuple(distance(features[group != g]) for g in range(_GROUPS))
+
+
+def half_width(left_out: Sequence[float]) -> float:
+    """Half of the 95 % interval of a statistic, by the jackknife of groups (Efron and Stein, 1981).
+
+    Args:
+        left_out: the statistic without each group; the difference of two, for the interval of a difference.
+    """
+    mean = math.fsum(left_out) / len(left_out)
+    squares = math.fsum((value - mean) ** 2 for value in left_out)
+    return _NORMAL * math.sqrt(squares * (len(left_out) - 1) / len(left_out))
+
+
+def report(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
+    """The content of the JSON file, from which a curve goes on."""
+    ordered = sorted(points, key=lambda point: point.fraction)
+    return {"environment": environment(), "settings": asdict(settings), "points": [asdict(p) for p in ordered]}
+
+
+def read_points(path: Path, settings: Settings) -> list[Point]:
+    """The points that a file of an earlier run holds; none where there is no file.
+
+    Raises:
+        ValueError: the file is none of this benchmark, or of other settings, or of another machine.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = {**content["settings"], **{key: content["environment"][key] for key in _TIMED_ON}}
+        points = [Point(**{**entry, "left_out": tuple(entry["left_out"])}) for entry in content["points"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--json {path} holds no curve of this benchmark; give another file") from error
+    here = environment()
+    for name, value in {**asdict(settings), **{key: here[key] for key in _TIMED_ON}}.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"--json {path} was made with {name}={found.get(name)!r}, not {value!r}; give another file"
+            )
+    return points
+
+
+def stitch_table(points: Sequence[Point]) -> str:
+    """The curve as text, a line a fraction; what changes is against the large model alone, where it was measured."""
+    alone = next((point for point in points if point.fraction == 0.0), None)
+    rows = []
+    for point in sorted(points, key=lambda p: p.fraction):
+        row = [
+            f"{point.fraction:g}",
+            str(point.small_steps),
+            f"{point.frechet_distance:.3f} +- {half_width(point.left_out):.3f}",
+            "",
+            f"{point.class_agreement:.4f}",
+            f"{1e3 * point.seconds:.2f}",
+            "",
+        ]
+        if alone is not None and point is not alone:
+            change = [a - b for a, b in zip(point.left_out, alone.left_out, strict=True)]
+            row[3] = f"{point.frechet_distance - alone.frechet_distance:+.3f} +- {half_width(change):.3f}"
+            row[6] = f"{alone.seconds / point.seconds:.2f}"
+        rows.append(row)
+    header = ["fraction", "small steps", "Frechet (95 %)", "change (95 %)", "agreement", "ms/image", "speed-up"]
+    return table(header, rows)
+
+
+def plot_stitch(settings: Settings, points: Sequence[Point], path: Path) -> None:
+    """Draws distance and time over the fraction.
+
+    Args:
+        settings: for the title.
+        points: of the curve.
+        path: of the picture, ending in .png, .svg or .pdf.
+    """
+    from matplotlib.figure import Figure
+
+    ordered = sorted(points, key=lambda point: point.fraction)
+    fractions = [point.fraction for point in ordered]
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    distance, duration = figure.subplots(1, 2)
+    distance.errorbar(
+        fractions,
+        [point.frechet_distance for point in ordered],
+        yerr=[half_width(point.left_out) for point in ordered],
+        color="#0072B2",
+        marker="o",
+        capsize=3,
+    )
+    distance.axvline(_CLAIM, color="grey", linestyle="--", linewidth=1)
+    distance.annotate(
+        "no loss up to here\n(arXiv 2402.14167, DiT)",
+        (_CLAIM, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -4),
+        textcoords="offset points",
+        va="top",
+        fontsize=8,
+    )
+    distance.set(ylabel="Frechet distance (95 %)", ylim=(0, None))
+    duration.plot(fractions, [1e3 * point.seconds for point in ordered], color="#D55E00", marker="s")
+    duration.set(ylabel="milliseconds an image", ylim=(0, None))
+    for panel in (distance, duration):
+        panel.set(xlabel="share of the steps by the small model", xlim=(-0.03, 1.03))
+        panel.grid(alpha=0.3)
+    guidance = "" if settings.guidance_scale == 1.0 else f", guidance {settings.guidance_scale:g}"
+    names = f"{Path(settings.small).name} then {Path(settings.large).name}"
+    figure.suptitle(f"{names}: {settings.sampler}, {settings.steps} steps, {settings.count} images{guidance}")
+    with replace_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
