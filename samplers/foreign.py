@@ -17,6 +17,9 @@ _VP_KEYS = (
     "rescale_betas_zero_snr",
     "prediction_type",
 )
+MODEL_KEYS = (*_VP_KEYS, "use_flow_sigmas", "sigma_data")
+"""Options that say what the model was trained on; the others are the sampler's."""
+
 _FLOW_KEYS = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal", *PIPELINE_KEYS)
 _EDM_KEYS = ("num_train_timesteps", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho", "prediction_type")
 

@@ -12,6 +12,7 @@ import click
 
 COMMANDS = {
     "generate": "Make images with a model and a sampler.",
+    "tune": "Fit a sampler to a model, a number of steps and a guidance scale.",
     "train": "Train a small class-conditional model on your own images.",
     "bench": "Measure samplers on the bundled models and on exact ground truth.",
 }

@@ -19,7 +19,7 @@ from fewstep.samplers.options import ScheduleConfig
 
 from ..files import write_text
 from ..generation.model import load_model
-from ..training.diffusion import NULL_LABEL
+from ..generation.network import guided_network, latent_shape
 
 MODELS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "vp": (
@@ -148,23 +148,14 @@ def mixture_problem(config: Mapping[str, Any], kind: str, seed: int, guidance: f
 def digits_problem(seed: int, guidance: float, noises: int) -> Problem:
     """The bundled model, against 300 steps."""
     loaded = load_model("digits-small", "float32", "cpu")
-    network = loaded.pipeline.transformer
-    labels = torch.arange(noises) % len(loaded.classes)
+    network = guided_network(loaded, torch.arange(noises) % len(loaded.classes), guidance)
 
-    @torch.no_grad()
     def output(x: torch.Tensor, call: Call) -> torch.Tensor:
-        def branch(classes: torch.Tensor) -> torch.Tensor:
-            prediction: torch.Tensor = network(x, torch.full((noises,), call.timestep), classes).sample
-            return prediction
-
-        conditional = branch(labels)
-        if guidance == 1.0:
-            return conditional
-        return torch.lerp(branch(torch.full_like(labels, NULL_LABEL)), conditional, guidance)
+        return network(x, torch.tensor(call.timestep))
 
     config = {key: value for key, value in loaded.scheduler_config.items() if key in ScheduleConfig.__annotations__}
     config |= {"timestep_spacing": "linspace", "sample_max_value": None}
-    x = torch.randn(noises, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(noises, *latent_shape(loaded), generator=torch.Generator().manual_seed(seed))
     return Problem(config, output, x, _run(DPMSolverPPScheduler(**config), output, x, 300))
 
 

@@ -18,7 +18,9 @@ _BESIDE_RECORD = {"record", "output", "batch_size", "device"}
 @click.command(context_settings={"show_default": True})
 @click.option("--model", default="digits-small", help="digits-small, digits-large, a diffusers folder or a hub id.")
 @click.option("--stitch", metavar="MODEL:SHARE", help="T-Stitch: a smaller model makes the first share of the steps.")
-@click.option("--sampler", default="dpm++", help="dpm++, deis, unipc or a variant; an unknown name lists all.")
+@click.option(
+    "--sampler", default="dpm++", help="dpm++, deis, unipc or a variant (an unknown name lists all), or a folder."
+)
 @click.option("--compare", metavar="A,B,...", help="Several samplers: one labelled picture, samplers by steps.")
 @click.option("--steps", default="10", metavar="N[,N...]", help="Steps of the sampler; several with --compare.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Scheduler option, JSON; repeatable.")
@@ -84,25 +86,27 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
 def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
     """Settings from the command line, and their model; what needs no model is checked before it is loaded."""
     from ..generation.model import resolve_device, resolve_name
+    from ..generation.options import parse_options
     from ..generation.record import Settings
     from ..generation.request import (
         check_settings,
         default_guidance,
         default_number,
         parse_classes,
-        parse_options,
         parse_steps,
         read_prompts,
     )
+    from ..generation.schedulers import resolve_sampler
     from ..generation.stitched import load_stitched, resolved_stitch
 
     compare = given["compare"]
+    names = [given["sampler"]] if compare is None else [name.strip() for name in compare.split(",")]
     prompts = tuple(given["prompts"])
     if given["prompts_file"] is not None:
         prompts += read_prompts(given["prompts_file"])
     settings = Settings(
         model=resolve_name(given["model"]),
-        samplers=(given["sampler"],) if compare is None else tuple(name.strip() for name in compare.split(",")),
+        samplers=tuple(resolve_sampler(name) for name in names),
         steps=parse_steps(given["steps"]),
         compare=compare is not None,
         options=parse_options(given["options"]),

@@ -26,6 +26,11 @@ class Cell:
     steps: int
     folder: str
 
+    @property
+    def name(self) -> str:
+        """Of the sampler, for people: a folder's last part."""
+        return Path(self.sampler).name
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,7 +38,7 @@ class Settings:
 
     Attributes:
         model: bundled name, absolute folder or hub id.
-        samplers: one name, or the rows of a comparison.
+        samplers: one name or absolute folder, or the rows of a comparison.
         steps: one number of steps, or the columns of a comparison.
         compare: whether the run is a comparison.
         options: of the schedulers, over those of the sampler's name.
@@ -73,7 +78,7 @@ class Settings:
     def cells(self) -> list[Cell]:
         """Row by row; a run that is no comparison has one cell, the run's folder itself."""
         pairs = [(sampler, steps) for sampler in self.samplers for steps in self.steps]
-        return [Cell(a, n, f"{a}-{n}" if self.compare else ".") for a, n in pairs]
+        return [Cell(a, n, f"{Path(a).name}-{n}" if self.compare else ".") for a, n in pairs]
 
     def seed_of(self, index: int) -> int:
         """The seed of an image."""

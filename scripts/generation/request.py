@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from fewstep.samplers import SAMPLERS
 
 from .choices import unknown
 from .model import DTYPES, Model
 from .record import Settings
+from .schedulers import resolve_sampler
 
 MAX_SEED = 2**32 - 1
 """The generator of the CPU reads 32 bits of a seed."""
@@ -31,30 +28,6 @@ def parse_steps(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"steps {text!r} is not a whole number, or several with commas between") from None
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Scheduler options from ``key=value`` words; values are JSON where they parse as such, else text.
-
-    Raises:
-        ValueError: a word has no ``=``, a key comes twice, or a number is not finite.
-    """
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ValueError(f"option {pair!r} is not of the form key=value")
-        if key in options:
-            raise ValueError(f"option {key!r} is given twice")
-        try:
-            options[key] = json.loads(value)
-        except json.JSONDecodeError:
-            options[key] = value
-        try:
-            json.dumps(options[key], allow_nan=False)
-        except ValueError:
-            raise ValueError(f"option {pair!r} is not finite; give finite numbers") from None
-    return options
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -123,10 +96,9 @@ def check_settings(settings: Settings) -> None:
         ValueError: a setting is out of its range.
     """
     for sampler in settings.samplers:
-        if sampler not in SAMPLERS:
-            raise unknown("sampler", sampler, SAMPLERS)
-    if not settings.samplers or len(set(settings.samplers)) < len(settings.samplers):
-        raise ValueError("compare needs each sampler once")
+        resolve_sampler(sampler)
+    if not settings.samplers or len({cell.name for cell in settings.cells}) < len(settings.samplers):
+        raise ValueError("compare needs each sampler once, and folders of samplers with names of their own")
     for steps in settings.steps:
         if steps < 1:
             raise ValueError(f"steps {steps} is less than 1")

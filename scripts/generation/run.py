@@ -63,7 +63,7 @@ def generate_images(settings: Settings, model: Model, output: Path, batch_size: 
     total = settings.number * len(settings.cells)
     with tqdm(total=total, initial=total - made, unit="image", file=sys.stderr) as bar:
         for cell, scheduler in zip(settings.cells, schedulers, strict=True):
-            bar.set_description(f"{cell.sampler}, {cell.steps} steps")
+            bar.set_description(f"{cell.name}, {cell.steps} steps")
             for begin in sorted({i // size * size for i in missing[cell]}):
                 indices = range(begin, min(begin + size, settings.number))
                 images = call_pipeline(settings, model, scheduler, cell.steps, indices)
@@ -133,4 +133,5 @@ def _picture(settings: Settings, folder: RunFolder) -> Image.Image:
         return grids[0]
     width = len(settings.steps)
     rows = [grids[r * width : (r + 1) * width] for r in range(len(settings.samplers))]
-    return labelled_grid(rows, settings.samplers, [f"{steps} step{'s' * (steps > 1)}" for steps in settings.steps])
+    names = list(dict.fromkeys(cell.name for cell in settings.cells))
+    return labelled_grid(rows, names, [f"{steps} step{'s' * (steps > 1)}" for steps in settings.steps])

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Sequence
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
 
+import fewstep.samplers
 from fewstep.samplers import SAMPLERS, PlanScheduler
+from fewstep.samplers.foreign import MODEL_KEYS
 from fewstep.samplers.options import ScheduleConfig
 from fewstep.samplers.presets import preset_options
 
 from .choices import unknown
 from .model import Model
+from .options import parse_options
 from .record import Cell, Settings
+
+Scheduler = TypeVar("Scheduler", bound=PlanScheduler)
 
 _NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _SCHEDULE_TYPES = get_type_hints(ScheduleConfig, localns={"Sequence": Sequence})
+
+
+def resolve_sampler(name: str) -> str:
+    """A registered name as it is, and the folder of a saved scheduler as an absolute path.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in SAMPLERS:
+        return name
+    folder = Path(name).expanduser()
+    if not name or not folder.is_dir():
+        raise unknown("sampler", name, SAMPLERS)
+    _saved(str(folder))
+    return str(folder.resolve())
 
 
 def build_scheduler(settings: Settings, model: Model, cell: Cell) -> PlanScheduler:
@@ -25,35 +47,79 @@ def build_scheduler(settings: Settings, model: Model, cell: Cell) -> PlanSchedul
     Raises:
         ValueError: an option is unknown, or the scheduler refuses the options or the number of steps.
     """
-    entry = SAMPLERS[cell.sampler]
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(entry.scheduler.__init__).parameters.items()
-        if name not in ("self", "preset", "guidance_scale")  # the last two have options of their own
-    }
-    for name, value in settings.options.items():
-        if name not in known:
-            raise unknown(f"option of sampler {cell.sampler}", name, known)
-        _check_type(name, value, known[name])
-    options = dict(settings.options)
+    if cell.sampler in SAMPLERS:
+        cls, own = SAMPLERS[cell.sampler].scheduler, SAMPLERS[cell.sampler].options
+    else:
+        cls, own = _saved(cell.sampler)
+        _check_model(cls, own, model, cell.sampler)
+    _check_options(cls, settings.options, cell.sampler)
+    options = {**own, **settings.options}
     if settings.preset is not None:
         options = {"preset": settings.preset, "guidance_scale": settings.guidance_scale, **options}
     try:
-        scheduler = entry.build(model.scheduler_config, **options)
+        scheduler: PlanScheduler = cls.from_config(model.scheduler_config, **options)
         if settings.preset is not None:
             kind = scheduler.schedule.kind
-            decided = preset_options(entry.scheduler.__name__, kind, cell.steps, settings.guidance_scale)
+            decided = preset_options(cls.__name__, kind, cell.steps, settings.guidance_scale)
             if both := sorted(decided.keys() & settings.options):
                 raise ValueError(f"preset {settings.preset} decides {', '.join(both)}; leave out one of the two")
-            if named := sorted(decided.keys() & entry.options):
-                raise ValueError(
-                    f"preset {settings.preset} decides {', '.join(named)}, which this name fixes; use a plain one"
-                )
         if not scheduler.config.get("use_dynamic_shifting"):  # the shift is known inside the pipeline alone
             scheduler.set_timesteps(cell.steps)
     except (TypeError, ValueError) as error:
         raise ValueError(f"sampler {cell.sampler} at {cell.steps} steps: {error}") from error
     return scheduler
+
+
+def parsed_options(cls: type[Scheduler], model: Model, pairs: Sequence[str]) -> Scheduler:
+    """A scheduler of a class for a model, with options from ``key=value`` words.
+
+    Raises:
+        ValueError: an option is unknown, or the scheduler refuses it.
+    """
+    options = parse_options(pairs)
+    _check_options(cls, options, cls.__name__)
+    scheduler: Scheduler = cls.from_config(model.scheduler_config, **options)
+    return scheduler
+
+
+def _saved(name: str) -> tuple[type[PlanScheduler], dict[str, Any]]:
+    """Class and options of a scheduler that ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: the folder holds none of ours.
+    """
+    try:
+        data = json.loads((Path(name) / "scheduler_config.json").read_text(encoding="utf-8"))
+        cls = getattr(fewstep.samplers, data["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f"sampler {name} is a folder without the scheduler_config.json of a fewstep scheduler"
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, PlanScheduler)):
+        raise ValueError(f"sampler {name} holds a {data['_class_name']}, which is no scheduler of fewstep")
+    return cls, {key: value for key, value in data.items() if not key.startswith("_")}
+
+
+def _check_model(cls: type[PlanScheduler], own: dict[str, Any], model: Model, name: str) -> None:
+    """Refuses a saved scheduler that was made for another noise schedule or prediction."""
+    wanted = cls.from_config(model.scheduler_config).config
+    other = [key for key in MODEL_KEYS if key in own and own[key] != wanted[key]]
+    if other:
+        raise ValueError(
+            f"sampler {name} was made for another model than {model.name}: their {', '.join(other)} differ"
+        )
+
+
+def _check_options(cls: type[PlanScheduler], options: dict[str, Any], name: str) -> None:
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(cls.__init__).parameters.items()
+        if key not in ("self", "preset", "guidance_scale")  # the last two have options of their own
+    }
+    for key, value in options.items():
+        if key not in known:
+            raise unknown(f"option of sampler {name}", key, known)
+        _check_type(key, value, known[key])
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
