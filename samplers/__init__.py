@@ -13,6 +13,8 @@ from .deis import DEISScheduler
 from .dpm_solver import DPMSolverPPScheduler
 from .ghvb import GHVBScheduler
 from .heavy_ball import HeavyBallScheduler
+from .mean_reverting import MeanRevertingSchedule
+from .mr_sampler import MRSamplerScheduler
 from .plan import Call, Plan, Row
 from .registry import SAMPLERS, Sampler, register
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
@@ -22,6 +24,7 @@ from .trajectory import Trajectory, fine_trajectory
 from .unipc import UniPCScheduler
 
 if typing.TYPE_CHECKING:
+    from .restoration import RestorationPipeline
     from .stitch import StitchedDenoiser
 
 __all__ = [
@@ -36,11 +39,14 @@ __all__ = [
     "FlowSchedule",
     "GHVBScheduler",
     "HeavyBallScheduler",
+    "MRSamplerScheduler",
+    "MeanRevertingSchedule",
     "NoiseSchedule",
     "Plan",
     "PlanScheduler",
     "PlanSchedulerOutput",
     "RatioSearch",
+    "RestorationPipeline",
     "Row",
     "Sampler",
     "StitchedDenoiser",
@@ -55,9 +61,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> typing.Any:
-    # diffusers' networks bring accelerate and transformers; a pipeline that loads a stitched denoiser asks for both.
+    # diffusers' networks and pipelines bring accelerate and transformers, which schedulers do without. A pipeline that
+    # loads a stitched denoiser asks for both names.
     if name in ("ModelMixin", "StitchedDenoiser"):
         from . import stitch
 
         return getattr(stitch, name)
+    if name == "RestorationPipeline":
+        from .restoration import RestorationPipeline
+
+        return RestorationPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
