@@ -63,6 +63,10 @@ def build_scheduler(settings: Settings, model: Model, cell: Cell) -> PlanSchedul
             decided = preset_options(cls.__name__, kind, cell.steps, settings.guidance_scale)
             if both := sorted(decided.keys() & settings.options):
                 raise ValueError(f"preset {settings.preset} decides {', '.join(both)}; leave out one of the two")
+            if named := sorted(decided.keys() & own):
+                raise ValueError(
+                    f"preset {settings.preset} decides {', '.join(named)}, which this name fixes; use a plain one"
+                )
         if not scheduler.config.get("use_dynamic_shifting"):  # the shift is known inside the pipeline alone
             scheduler.set_timesteps(cell.steps)
     except (TypeError, ValueError) as error:
