@@ -16,10 +16,12 @@ from .heavy_ball import HeavyBallScheduler
 from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
 from .plan import Call, Plan, Row
+from .pndm import FPNDMScheduler
 from .registry import SAMPLERS, Sampler, register
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
 from .stability import stability_limit
+from .time_shift import TimeShiftScheduler
 from .trajectory import Trajectory, fine_trajectory
 from .unipc import UniPCScheduler
 
@@ -36,6 +38,7 @@ __all__ = [
     "DPMSolverPPScheduler",
     "DiscreteVPSchedule",
     "EDMSchedule",
+    "FPNDMScheduler",
     "FlowSchedule",
     "GHVBScheduler",
     "HeavyBallScheduler",
@@ -50,6 +53,7 @@ __all__ = [
     "Row",
     "Sampler",
     "StitchedDenoiser",
+    "TimeShiftScheduler",
     "Trajectory",
     "UniPCScheduler",
     "fine_trajectory",

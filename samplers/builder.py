@@ -69,6 +69,11 @@ class PlanBuilder:
         level = self.grid.schedule.level_of_rho(rho)
         return self._evaluate(sample, self.node_at_rho(rho), level, float(self.grid.schedule.timestep(level)), measure)
 
+    def evaluate_at_timestep(self, sample: Value, timestep: float, measure: Measure, *, level: float) -> Value:
+        """Calls the network between grid nodes with a given label, at the noise level that it stands for."""
+        alpha, sigma = self.grid.schedule.alpha_sigma(level)
+        return self._evaluate(sample, Node(float(alpha), float(sigma)), level, timestep, measure)
+
     def node_at_rho(self, rho: float) -> Node:
         """The node with ``sigma / alpha = rho``."""
         alpha, sigma = self.grid.schedule.alpha_sigma(self.grid.schedule.level_of_rho(rho))

@@ -30,7 +30,9 @@ class Sampler:
     @property
     def stochastic(self) -> bool:
         """Whether its plans read fresh noise."""
-        return str(self.options.get("algorithm_type", "")).startswith("sde-")
+        solver = SAMPLERS.get(str(self.options.get("solver", "")))
+        own = str(self.options.get("algorithm_type", "")).startswith("sde-")
+        return own or (solver is not None and solver.stochastic)
 
     def build(self, config: Mapping[str, Any], **options: Any) -> PlanScheduler:
         """The scheduler for a model whose pipeline came with ``config``."""

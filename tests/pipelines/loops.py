@@ -9,7 +9,14 @@ import pytest
 import torch
 from diffusers import EDMDPMSolverMultistepScheduler, SchedulerMixin
 
-from fewstep.samplers import SAMPLERS, DEISScheduler, DPMSolverPPScheduler, PlanScheduler, UniPCScheduler
+from fewstep.samplers import (
+    SAMPLERS,
+    DEISScheduler,
+    DPMSolverPPScheduler,
+    PlanScheduler,
+    TimeShiftScheduler,
+    UniPCScheduler,
+)
 from pipelines.tiny import flow_euler, pndm, seeded
 
 CLASSES: list[Any] = [DPMSolverPPScheduler, DEISScheduler, UniPCScheduler]
@@ -20,6 +27,8 @@ CONFIGS: dict[str, Callable[[], SchedulerMixin]] = {
 }
 LEVELS = {"vp": [10.0, 3.0, 1.0, 0.3], "flow": [0.9, 0.6, 0.3, 0.1], "edm": [40.0, 10.0, 1.0, 0.1]}
 STOCHASTIC = [name for name, entry in SAMPLERS.items() if entry.stochastic]
+SHIFTED = [name for name, entry in SAMPLERS.items() if issubclass(entry.scheduler, TimeShiftScheduler)]
+"""The network hears other times than those of the samples, chosen by the whole batch."""
 STEPS = 6
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
