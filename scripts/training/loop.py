@@ -48,7 +48,7 @@ def train(
         seed: of every draw.
 
     Returns:
-        ``{"steps", "minutes", "loss"}``: minutes over all sessions, loss averaged over the last steps.
+        ``{"steps", "minutes", "loss"}``: minutes over all runs, loss averaged over the last steps.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
