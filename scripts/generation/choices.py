@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-_SHOWN = 40
+_SHOWN = 80
 
 
 def unknown(argument: str, value: str, known: Iterable[str]) -> ValueError:
