@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from .options import RESPACINGS
 from .schedule import Array, DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .weights import Node
 
 FLOW_START = 1.0 - 1e-6
 """First level of diffusers' UniPC flow grid: just below 1, so that alpha is not 0."""
-
-_RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def make_grid(
     if num_inference_steps is not None and num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     custom = timesteps is not None or sigmas is not None
-    chosen = [name for name in _RESPACINGS if config[name]]
+    chosen = [name for name in RESPACINGS if config[name]]
     if timesteps is not None and chosen:
         raise ValueError(f"timesteps cannot be combined with {chosen[0]}=True; drop one of the two")
     shift = _shift(config, mu)

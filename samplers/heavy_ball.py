@@ -12,7 +12,6 @@ and the order of convergence is 1 (theorem 1). ``ghvb.py`` keeps the order, ``st
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .builder import PlanBuilder, Value
 from .multistep import Corrector, CorrectorForm, Predictor
-from .options import DEFAULTS, ScheduleConfig, scheduler_options
+from .options import ScheduleConfig, own_options, scheduler_options
 from .plan import Plan
 from .registry import SAMPLERS, register
 from .scheduler import PlanScheduler
@@ -141,44 +140,32 @@ class HeavyBallScheduler(PlanScheduler):
     ) -> None:
         if not 0.0 < damping <= 1.0:
             raise ValueError(f"damping {damping} must lie in (0, 1]; 1 is no momentum, 0.8 is usual")
-        self._base = self._solver(solver, {} if solver_options is None else solver_options)
+        self._base = self._solver(solver, solver_options)
         if self.config.final_sigmas_type is None:
             self.register_to_config(final_sigmas_type=self._base.config.final_sigmas_type)
         self._setup()
 
-    def _solver(self, name: str, options: Mapping[str, Any]) -> PlanScheduler:
+    def _solver(self, name: str, options: Mapping[str, Any] | None) -> PlanScheduler:
         """The solver's own scheduler on the same model: it checks the options and completes them."""
         usable = [key for key, sampler in SAMPLERS.items() if _is_multistep(sampler.scheduler, sampler.options)]
         if name not in usable:
             raise ValueError(f"solver {name!r} is no deterministic multistep sampler; use one of {', '.join(usable)}")
-        sampler = SAMPLERS[name]
-        own = [key for key in inspect.signature(sampler.scheduler).parameters if key not in DEFAULTS]
-        unknown = sorted(set(options) - set(own))
-        if unknown:
-            raise ValueError(f"solver_options {unknown[0]!r} is no option of solver {name!r}; it has {', '.join(own)}")
-        # A preset was measured without momentum; ``_setup`` refuses it.
-        shared = {key: self.config[key] for key in DEFAULTS if key not in ("preset", "final_sigmas_type")}
-        if self.config.final_sigmas_type is not None:
-            shared["final_sigmas_type"] = self.config.final_sigmas_type
-        base: PlanScheduler = sampler.scheduler(**shared, **{**sampler.options, **options})
+        base = SAMPLERS[name].within(self.config, options)
         if not _is_multistep(type(base), base.config):
             raise ValueError(
-                f"solver_options {dict(options)} make {name!r} a singlestep or stochastic sampler, which has no "
+                f"solver_options {dict(options or {})} make {name!r} a singlestep or stochastic sampler, which has no "
                 "momentum form; leave them out"
             )
         return base
 
-    def _solver_options(self) -> dict[str, Any]:
-        return {key: value for key, value in self._base.config.items() if key not in DEFAULTS and key[0] != "_"}
-
     def _options(self, steps: int | None) -> dict[str, Any]:
         # The times are the solver's too.
         options = super()._options(steps)
-        options.update(self._solver_options(), flow_grid=self._base._flow_grid)
+        options.update(own_options(self._base.config), flow_grid=self._base._flow_grid)
         return options
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
-        options = {**options, **self._solver_options()}
+        options = {**options, **own_options(self._base.config)}
         predictor, corrector = _parts(self._base, plan, options)
         form = options.get("corrector_form", "classic")
         return heavy_ball(plan, predictor, options["damping"], corrector, form=form)

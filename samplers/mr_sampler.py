@@ -6,7 +6,6 @@ the paper are those of (SDE-)DPM-Solver(++) on ``y``, written out in ``x``.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,9 +16,10 @@ import torch
 from .builder import PlanBuilder
 from .execute import accumulation_dtype
 from .mean_reverting import MeanRevertingSchedule
-from .options import DEFAULTS, ScheduleConfig, scheduler_options
+from .options import DEFAULTS, ScheduleConfig, own_options, scheduler_options
 from .plan import Plan
 from .registry import SAMPLERS
+from .schedule import NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
 from .trajectory import Network
 
@@ -108,8 +108,11 @@ class MRSamplerScheduler(PlanScheduler):
         if not 0.0 < sigma_inf < math.inf:
             raise ValueError(f"sigma_inf {sigma_inf} must be positive; trained models use 10/255 to 75/255")
         self._setup()
+        alphas_cumprod = self.schedule.alpha_sigma(self.schedule.training_levels())[0] ** 2
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod).float()
+        self.betas = torch.from_numpy(1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).float()
         self._condition: torch.Tensor | None = None
-        self._base = self._solver(solver, {} if solver_options is None else solver_options)
+        self._base = self._solver(solver, solver_options)
         self.order = self._base.order
         self.init_noise_sigma = sigma_inf
 
@@ -137,40 +140,24 @@ class MRSamplerScheduler(PlanScheduler):
             )
         return super().from_config(config, return_unused_kwargs, preset=preset, **kwargs)
 
-    def _solver(self, name: str, options: Mapping[str, Any]) -> PlanScheduler:
+    def _solver(self, name: str, options: Mapping[str, Any] | None) -> PlanScheduler:
         """The solver's own scheduler, which checks and completes its options."""
         if name not in SAMPLERS:
             raise ValueError(f"solver {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
-        sampler = SAMPLERS[name]
-        own = [key for key in inspect.signature(sampler.scheduler).parameters if key not in DEFAULTS]
-        unknown = sorted(set(options) - set(own))
-        if unknown:
-            raise ValueError(f"solver_options {unknown[0]!r} is no option of solver {name!r}; it has {', '.join(own)}")
-        # A preset was measured on other schedules; ``_setup`` refuses it.
-        shared = {key: self.config[key] for key in DEFAULTS if key != "preset"}
-        base: PlanScheduler = sampler.scheduler(**shared, **{**sampler.options, **options})
-        return base
+        return SAMPLERS[name].within(self.config, options)
 
-    def _setup(self) -> None:
+    def _noise_schedule(self) -> NoiseSchedule:
         config = self.config
-        schedule = MeanRevertingSchedule(
+        return MeanRevertingSchedule(
             config.theta_schedule,
             config.num_train_timesteps,
             config.final_alpha,
             mr_sampler_tables=config.mr_sampler_tables,
         )
-        super()._setup()
-        self.schedule, levels = schedule, schedule.training_levels()
-        self.timesteps = torch.arange(len(levels) - 1, -1, -1, dtype=torch.float32)
-        self.sigmas = torch.from_numpy(levels).float()
-        alphas_cumprod = self.schedule.alpha_sigma(levels)[0] ** 2
-        self.alphas_cumprod = torch.from_numpy(alphas_cumprod).float()
-        self.betas = torch.from_numpy(1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])).float()
 
     def _options(self, steps: int | None) -> dict[str, Any]:
         options = super()._options(steps)
-        own = {key: value for key, value in self._base.config.items() if key not in DEFAULTS and key[0] != "_"}
-        options.update(own, flow_grid=self._base._flow_grid)
+        options.update(own_options(self._base.config), flow_grid=self._base._flow_grid)
         return options
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:

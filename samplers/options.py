@@ -136,6 +136,15 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
+RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+"""The options that choose a re-spacing; one at a time."""
+
+
+def own_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a scheduler's class adds to those of ``ScheduleConfig``."""
+    return {key: value for key, value in config.items() if key not in DEFAULTS and not key.startswith("_")}
+
+
 def scheduler_options(**overrides: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers an ``__init__(self, *, own options, **schedule: Unpack[ScheduleConfig])`` with diffusers.
 
@@ -162,7 +171,6 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "final_sigmas_type": ("zero", "sigma_min"),
     "sigma_schedule": ("karras", "exponential"),
 }
-_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
 def check_options(config: Mapping[str, Any]) -> None:
@@ -174,7 +182,7 @@ def check_options(config: Mapping[str, Any]) -> None:
     for name, allowed in _CHOICES.items():
         if config[name] not in allowed:
             raise ValueError(f"{name} {config[name]!r} is unknown; use one of {', '.join(allowed)}")
-    chosen = [name for name in _SPACINGS if config[name]]
+    chosen = [name for name in RESPACINGS if config[name]]
     if len(chosen) > 1:
         raise ValueError(f"only one re-spacing can be used, got {' and '.join(chosen)}; set the others to False")
     ratio, limit = config["dynamic_thresholding_ratio"], config["sample_max_value"]

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from .options import RESPACINGS
+
 PRESETS = ("accurate",)
 
 # What was measured, where a table entry does not say otherwise.
 _MEASURED: Mapping[str, Any] = {
-    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False),
+    **dict.fromkeys(RESPACINGS, False),
     "timestep_spacing": "linspace",
     "denoise_to_zero": False,
     "euler_at_final": False,

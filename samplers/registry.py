@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .options import DEFAULTS
 from .scheduler import PlanScheduler
 
 
@@ -37,6 +39,30 @@ class Sampler:
     def build(self, config: Mapping[str, Any], **options: Any) -> PlanScheduler:
         """The scheduler for a model whose pipeline came with ``config``."""
         scheduler: PlanScheduler = self.scheduler.from_config(config, **{**self.options, **options})
+        return scheduler
+
+    def within(self, config: Mapping[str, Any], options: Mapping[str, Any] | None) -> PlanScheduler:
+        """The scheduler as a part of another one, on the same model and with the same times.
+
+        Args:
+            config: of the other one. Its preset is left out, which was measured without it; and its ending, if it has
+                none, is this sampler's.
+            options: other values of this sampler's own options.
+
+        Raises:
+            ValueError: an option that this sampler does not have, or a value that it refuses.
+        """
+        options = options or {}
+        own = [key for key in inspect.signature(self.scheduler).parameters if key not in DEFAULTS]
+        unknown = sorted(set(options) - set(own))
+        if unknown:
+            raise ValueError(
+                f"solver_options {unknown[0]!r} is no option of solver {self.name!r}; it has {', '.join(own)}"
+            )
+        shared = {key: config[key] for key in DEFAULTS if key != "preset"}
+        if shared["final_sigmas_type"] is None:
+            del shared["final_sigmas_type"]
+        scheduler: PlanScheduler = self.scheduler(**shared, **{**self.options, **options})
         return scheduler
 
 

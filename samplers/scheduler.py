@@ -22,7 +22,7 @@ from .noise import NoiseStreams, draw_from
 from .options import check_options
 from .plan import Plan
 from .presets import check_preset, preset_options
-from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, schedule_from_config
+from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule, schedule_from_config
 
 Floats = Sequence[float] | np.ndarray | torch.Tensor
 
@@ -99,7 +99,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Checks the shared options and makes the schedule; subclasses call it at the end of ``__init__``."""
         config = self.config
         check_options(config)
-        self.schedule = schedule_from_config(config)
+        self.schedule = self._noise_schedule()
         if isinstance(self.schedule, DiscreteVPSchedule):
             self.alphas_cumprod = self.schedule.alphas_cumprod
             self.betas = 1.0 - self.alphas_cumprod / torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
@@ -120,6 +120,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._run_start = 0
+
+    def _noise_schedule(self) -> NoiseSchedule:
+        """What the config describes; for classes whose models are of another process."""
+        return schedule_from_config(self.config)
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
         """Writes the class's plan with the given options (the config, or what a preset made of it)."""

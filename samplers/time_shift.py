@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from .execute import accumulation_dtype
-from .options import DEFAULTS, ScheduleConfig, scheduler_options
+from .options import ScheduleConfig, own_options, scheduler_options
 from .plan import Call, Plan
 from .pndm import FPNDMScheduler
 from .prediction import conversions
@@ -150,7 +150,7 @@ class TimeShiftScheduler(PlanScheduler):
             raise ValueError(
                 f"signal_variance {signal_variance} must be a number of at least 0, or None for the paper's criterion"
             )
-        self._base = self._solver(solver, {} if solver_options is None else solver_options)
+        self._base = self._solver(solver, solver_options)
         if self.config.final_sigmas_type is None:
             self.register_to_config(final_sigmas_type=self._base.config.final_sigmas_type)
         self._setup()
@@ -168,31 +168,20 @@ class TimeShiftScheduler(PlanScheduler):
         self._picked: dict[int, torch.Tensor] = {}
         self._delivered: int | None = None
 
-    def _solver(self, name: str, options: Mapping[str, Any]) -> PlanScheduler:
+    def _solver(self, name: str, options: Mapping[str, Any] | None) -> PlanScheduler:
         """The solver's own scheduler on the same model: it checks the options and completes them."""
         usable = {k: entry for k, entry in SAMPLERS.items() if not issubclass(entry.scheduler, TimeShiftScheduler)}
         usable["f-pndm"] = _F_PNDM
         if name not in usable:
             raise ValueError(f"solver {name!r} is no sampler to shift; use one of {', '.join(usable)}")
-        sampler = usable[name]
-        own = [key for key in inspect.signature(sampler.scheduler).parameters if key not in DEFAULTS]
-        unknown = sorted(set(options) - set(own))
-        if unknown:
-            raise ValueError(f"solver_options {unknown[0]!r} is no option of solver {name!r}; it has {', '.join(own)}")
-        # A preset was measured without shifts; ``_setup`` refuses it.
-        shared = {key: self.config[key] for key in DEFAULTS if key not in ("preset", "final_sigmas_type")}
-        if self.config.final_sigmas_type is not None:
-            shared["final_sigmas_type"] = self.config.final_sigmas_type
-        base: PlanScheduler = sampler.scheduler(**shared, **{**sampler.options, **options})
-        return base
+        return usable[name].within(self.config, options)
 
     def _options(self, steps: int | None) -> dict[str, Any]:
         self._chosen = self._base._options(steps)
         return self._chosen
 
     def _write(self, plan: PlanBuilder, options: Mapping[str, Any]) -> Plan:
-        own = {key: value for key, value in self._base.config.items() if key not in DEFAULTS and key[0] != "_"}
-        return self._base._write(plan, {**options, **own})
+        return self._base._write(plan, {**options, **own_options(self._base.config)})
 
     # ---------------------------------------------------------------- candidates
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .builder import PlanBuilder
 from .grid import Grid
 from .multistep import Corrector, Predictor, multistep, older
-from .options import ScheduleConfig, scheduler_options
+from .options import ScheduleConfig, own_options, scheduler_options
 from .plan import Plan
 from .registry import SAMPLERS, register
 from .scheduler import PlanScheduler
@@ -183,8 +183,7 @@ def _predictor_options(name: str) -> tuple[PlanScheduler, dict[str, Any]]:
     if sampler is None or name not in usable:
         raise ValueError(f"solver_p {name!r} is no deterministic multistep sampler; use one of {', '.join(usable)}")
     scheduler = sampler.scheduler(**sampler.options)
-    own = {key: scheduler.config[key] for key in scheduler.config if key in _OWN_OPTIONS}
-    return scheduler, own
+    return scheduler, own_options(scheduler.config)
 
 
 def _plain(options: Mapping[str, Any]) -> bool:
@@ -195,22 +194,10 @@ def _name_of(scheduler: PlanScheduler) -> str:
     """The registered name with the same class and options as a scheduler."""
     for name, sampler in SAMPLERS.items():
         twin = sampler.scheduler(**sampler.options)
-        same = type(twin) is type(scheduler)
-        if same and all(twin.config[key] == scheduler.config[key] for key in twin.config if key in _OWN_OPTIONS):
+        if type(twin) is type(scheduler) and own_options(twin.config) == own_options(scheduler.config):
             return name
     raise ValueError("solver_p is a scheduler whose options no registered sampler has; register it and pass its name")
 
-
-_OWN_OPTIONS = (
-    "solver_order",
-    "solver_type",
-    "algorithm_type",
-    "method",
-    "lower_order_final",
-    "euler_at_final",
-    "denoise_to_zero",
-    "diffusers_third_order",
-)
 
 register("unipc", UniPCScheduler, order=3, paper="arXiv 2302.04867")
 register("unipc-bh1", UniPCScheduler, order=3, paper="arXiv 2302.04867", solver_type="bh1")
