@@ -26,10 +26,10 @@ from fewstep.metrics import (
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers.stitch import StitchedDenoiser
 
-from ..commands.digits import generate
 from ..files import replace_file
 from ..generation.model import load_model
 from ..generation.stitched import check_interchangeable
+from .digits import generate
 from .output import environment, table
 
 _GROUPS = 20

@@ -69,17 +69,25 @@ def tune(
     drawn = torch.randn(noises + held_out, *latent_shape(loaded), generator=generator).to(loaded.pipeline.device)
     labels = classes[torch.arange(noises + held_out) % len(classes)]
     seen, unseen = drawn[:noises], drawn[noises:]
-    network = guided_network(loaded, labels[:noises], guidance_scale)
+    networks = [guided_network(loaded, part, guidance_scale) for part in (labels[:noises], labels[noises:])]
+    truths = [
+        fine_trajectory(scheduler, network, noise, steps=max(_FINE, steps))
+        for network, noise in zip(networks, (seen, unseen), strict=True)
+    ]
     with tqdm(total=steps, desc="ratios", unit="step") as bar:
         found = search_ratios(
-            scheduler, network, seen, refinement=refinement, progress=lambda index, ratio, error: bar.update()
+            scheduler,
+            networks[0],
+            seen,
+            truth=truths[0],
+            refinement=refinement,
+            progress=lambda index, ratio, error: bar.update(),
         )
     tuned = DCSolverScheduler.from_config(scheduler.config, ratios=found.ratios)
-    ends = (
-        (seen, network, "seen"),
-        (unseen, guided_network(loaded, labels[noises:], guidance_scale), "held_out"),
-    )
-    errors = {name: _compare(scheduler, tuned, net, noise, steps) for noise, net, name in ends}
+    errors = {
+        name: _compare(scheduler, tuned, network, noise, truth.samples[-1], steps)
+        for name, network, noise, truth in zip(("seen", "held_out"), networks, (seen, unseen), truths, strict=True)
+    }
     tuned.save_pretrained(output)
     report = {
         "model": model,
@@ -106,10 +114,9 @@ def tune(
 
 
 def _compare(
-    before: PlanScheduler, after: PlanScheduler, network: Network, noise: torch.Tensor, steps: int
+    before: PlanScheduler, after: PlanScheduler, network: Network, noise: torch.Tensor, end: torch.Tensor, steps: int
 ) -> dict[str, Any]:
     """Errors of two schedulers on the same noises, a root mean square over each sample; their mean and median."""
-    end = fine_trajectory(before, network, noise, steps=_FINE).samples[-1]
     old, new = ((_run(s, network, noise, steps) - end).flatten(1).square().mean(1).sqrt() for s in (before, after))
     draws = torch.randint(len(noise), (2000, len(noise)), generator=torch.Generator().manual_seed(0))
     changes = new.cpu()[draws].mean(1) / old.cpu()[draws].mean(1) - 1.0

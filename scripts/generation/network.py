@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from diffusers import DiTPipeline
 
+from ..training.diffusion import NULL_LABEL
 from .model import Model
-
-NULL_LABEL = 1000
-"""The label of the unconditional branch in diffusers' DiTPipeline."""
 
 
 def guided_network(

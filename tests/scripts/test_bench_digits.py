@@ -11,7 +11,7 @@ import torch
 
 from fewstep.metrics import DigitsClassifier, digits_statistics, frechet_distance, inception_score
 from fewstep.samplers import SAMPLERS
-from fewstep.scripts.commands.digits import generate, sampling_bias
+from fewstep.scripts.bench.digits import generate, sampling_bias
 from fewstep.scripts.generation.model import load_model
 from model_folders import assert_refused, invoke, save_class_model, save_unconditional_model
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fewstep.metrics import DigitsClassifier, digits_statistics, frechet_distance
 from fewstep.samplers import SAMPLERS, StitchedDenoiser
+from fewstep.scripts.bench.digits import measure
 from fewstep.scripts.bench.output import environment
 from fewstep.scripts.bench.stitch import (
     Point,
@@ -27,7 +28,6 @@ from fewstep.scripts.bench.stitch import (
     report,
     stitch_table,
 )
-from fewstep.scripts.commands.digits import measure
 from fewstep.scripts.commands.stitch import parse_fractions, stitch
 from fewstep.scripts.generation.model import load_model
 from model_folders import assert_refused, invoke, pictures, save_class_model, save_unconditional_model
