@@ -10,9 +10,11 @@ from .cascade import CascadeRegression
 from .compensation import RatioSearch, search_ratios, search_ratios_over
 from .dc_solver import DCSolverScheduler
 from .deis import DEISScheduler
+from .denoiser import Denoiser
 from .dpm_solver import DPMSolverPPScheduler
 from .ghvb import GHVBScheduler
 from .heavy_ball import HeavyBallScheduler
+from .loop import sample
 from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
 from .plan import Call, Plan, Row
@@ -26,17 +28,22 @@ from .trajectory import Trajectory, fine_trajectory
 from .unipc import UniPCScheduler
 
 if typing.TYPE_CHECKING:
+    from .denoiser_branched import BranchedDenoiser
+    from .denoiser_driven import DrivenDenoiser
     from .restoration import RestorationPipeline
     from .stitch import StitchedDenoiser
 
 __all__ = [
     "SAMPLERS",
+    "BranchedDenoiser",
     "Call",
     "CascadeRegression",
     "DCSolverScheduler",
     "DEISScheduler",
     "DPMSolverPPScheduler",
+    "Denoiser",
     "DiscreteVPSchedule",
+    "DrivenDenoiser",
     "EDMSchedule",
     "FPNDMScheduler",
     "FlowSchedule",
@@ -58,6 +65,7 @@ __all__ = [
     "UniPCScheduler",
     "fine_trajectory",
     "register",
+    "sample",
     "search_ratios",
     "search_ratios_over",
     "stability_limit",
@@ -75,4 +83,12 @@ def __getattr__(name: str) -> typing.Any:
         from .restoration import RestorationPipeline
 
         return RestorationPipeline
+    if name == "BranchedDenoiser":
+        from .denoiser_branched import BranchedDenoiser
+
+        return BranchedDenoiser
+    if name == "DrivenDenoiser":
+        from .denoiser_driven import DrivenDenoiser
+
+        return DrivenDenoiser
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
