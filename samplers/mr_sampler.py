@@ -21,6 +21,7 @@ from .plan import Plan
 from .registry import SAMPLERS
 from .schedule import NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
+from .time_shift import TimeShiftScheduler
 from .trajectory import Network
 
 if TYPE_CHECKING:
@@ -144,7 +145,14 @@ class MRSamplerScheduler(PlanScheduler):
         """The solver's own scheduler, which checks and completes its options."""
         if name not in SAMPLERS:
             raise ValueError(f"solver {name!r} is unknown; use one of {', '.join(SAMPLERS)}")
-        return SAMPLERS[name].within(self.config, options)
+        solver = SAMPLERS[name].within(self.config, options)
+        shifts = isinstance(solver, TimeShiftScheduler) and solver.config.window >= 2
+        if shifts and solver.config.cutoff < self.config.num_train_timesteps:
+            raise ValueError(
+                f"cutoff {solver.config.cutoff:g} of solver {name!r} would shift times by the residual's variance, "
+                f"which is that of noise throughout; give at least {self.config.num_train_timesteps}, or use its solver"
+            )
+        return solver
 
     def _noise_schedule(self) -> NoiseSchedule:
         config = self.config

@@ -77,7 +77,8 @@ class RestorationPipeline(DiffusionPipeline):
             )
         if degraded.min() < 0.0 or degraded.max() > 1.0:
             raise ValueError(f"image has values from {degraded.min():g} to {degraded.max():g}; scale them to [0, 1]")
-        mu = self._padded(degraded)
+        lower, right = self.padding(*degraded.shape[-2:])
+        mu = F.pad(degraded, (0, right, 0, lower), mode="reflect")
         noise = randn_tensor(mu.shape, generator=generator, device=mu.device, dtype=mu.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=mu.device)
         self.scheduler.set_condition(mu)
@@ -93,13 +94,20 @@ class RestorationPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _padded(self, image: torch.Tensor) -> torch.Tensor:
-        """Mirrored at the lower and right edge to sizes that the network can halve as often as it does."""
+    def padding(self, height: int, width: int) -> tuple[int, int]:
+        """Rows below and columns at the right that an image is mirrored into: the network halves sizes.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+
+        Raises:
+            ValueError: the image is too small for it.
+        """
         multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
-        height, width = image.shape[-2:]
         lower, right = -height % multiple, -width % multiple
         if lower >= height or right >= width:
             raise ValueError(
                 f"image of {height} x {width} pixels is too small to be padded to multiples of {multiple}; enlarge it"
             )
-        return F.pad(image, (0, right, 0, lower), mode="reflect")
+        return lower, right

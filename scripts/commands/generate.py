@@ -16,7 +16,7 @@ _BESIDE_RECORD = {"record", "output", "batch_size", "device"}
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", default="digits-small", help="digits-small, digits-large, a diffusers folder or a hub id.")
+@click.option("--model", default="digits-small", help="digits-small, -large, -restore, a diffusers folder or a hub id.")
 @click.option("--stitch", metavar="MODEL:SHARE", help="T-Stitch: a smaller model makes the first share of the steps.")
 @click.option(
     "--sampler", default="dpm++", help="dpm++, deis, unipc or a variant (an unknown name lists all), or a folder."
@@ -25,11 +25,12 @@ _BESIDE_RECORD = {"record", "output", "batch_size", "device"}
 @click.option("--steps", default="10", metavar="N[,N...]", help="Steps of the sampler; several with --compare.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Scheduler option, JSON; repeatable.")
 @click.option("--preset", help="accurate: grid, order and ending chosen for the number of steps.")
-@click.option("--number", type=int, help="Images (a cell).  [default: one a prompt or class]")
+@click.option("--number", type=int, help="Images (a cell).  [default: one a prompt, class or input]")
 @click.option("--prompt", "prompts", multiple=True, help="Text; repeatable.")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with one prompt a line.")
 @click.option("--negative-prompt", help="Text of the unconditional branch.")
 @click.option("--classes", help="Numbers, ranges and names: 0,3-5,umbrella.  [default: all in turn]")
+@click.option("--input", "images", type=click.Path(path_type=Path), help="Degraded image, or a folder of them.")
 @click.option("--guidance-scale", type=float, help="Classifier-free guidance.  [default: the pipeline's]")
 @click.option("--seed", type=int, default=0, help="Image i has the seed SEED+i.")
 @click.option("--batch-size", type=int, default=8, help="Images a call on a GPU; a CPU makes them one by one.")
@@ -52,8 +53,10 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
     fewstep generate --compare dpm++,deis,unipc --steps 5,10,20
     fewstep generate --model digits-large --stitch digits-small:0.4
     fewstep generate --model FOLDER --prompt "a red house" --steps 12
+    fewstep generate --model digits-restore --input blurred.png
     fewstep generate --record generated/record.json --output again
     """  # noqa: D301  click wants the backspace itself
+    from ..generation.inputs import check_inputs
     from ..generation.model import resolve_device, resolve_name
     from ..generation.record import check_writable, read_settings
     from ..generation.request import check_against, check_settings
@@ -72,19 +75,21 @@ def generate(ctx: click.Context, output: Path, record: Path | None, batch_size: 
         device = given["device"] if "device" in typed else settings.device
         settings = replace(settings, model=resolve_name(settings.model), device=resolve_device(device))
         check_settings(settings)
+        check_inputs(settings.inputs)
         model = load_stitched(settings)
     else:
         if given["compare"] is not None and "sampler" in typed:
             raise ValueError("sampler and compare exclude each other: name all samplers in --compare")
-        settings, model = _read_request(given)
+        settings, model = _read_request(given, output)
     check_against(settings, model)
     made = generate_images(settings, model, output, batch_size)
     total = settings.number * len(settings.cells)
     click.echo(f"{total} images in {output}" + (f", {total - made} of them from before" if made < total else ""))
 
 
-def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
+def _read_request(given: dict[str, Any], output: Path) -> tuple[Settings, Model]:
     """Settings from the command line, and their model; what needs no model is checked before it is loaded."""
+    from ..generation.inputs import read_inputs
     from ..generation.model import resolve_device, resolve_name
     from ..generation.options import parse_options
     from ..generation.record import Settings
@@ -104,6 +109,9 @@ def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
     prompts = tuple(given["prompts"])
     if given["prompts_file"] is not None:
         prompts += read_prompts(given["prompts_file"])
+    images: Path | None = given["images"]
+    if images is not None and images.is_dir() and images.resolve() == output.resolve():
+        raise ValueError(f"output {output} is the folder of the input, whose images would mix; name another folder")
     settings = Settings(
         model=resolve_name(given["model"]),
         samplers=tuple(resolve_sampler(name) for name in names),
@@ -121,13 +129,14 @@ def _read_request(given: dict[str, Any]) -> tuple[Settings, Model]:
         width=given["width"],
         dtype=given["dtype"],
         device=resolve_device(given["device"]),
+        inputs={} if images is None else read_inputs(images),
         stitch=None if given["stitch"] is None else resolved_stitch(given["stitch"]),
     )
     check_settings(settings)
     model = load_stitched(settings)
     chosen = () if given["classes"] is None else parse_classes(given["classes"], model)
     if given["number"] is None:
-        settings = replace(settings, number=default_number(model, len(prompts or chosen)))
+        settings = replace(settings, number=default_number(model, len(prompts or chosen or settings.inputs)))
     if given["guidance_scale"] is None:
         settings = replace(settings, guidance_scale=default_guidance(model))
     settings = replace(settings, classes=chosen or model.classes)

@@ -20,6 +20,7 @@ from ..training.autoencoder import fingerprint, reconstruction_error, train_auto
 from ..training.classifier import accuracy, reference_statistics, train_classifier
 from ..training.data import LabelledImages, load_images
 from ..training.diffusion import NULL_LABEL, train_diffusion
+from ..training.restoration import train_restoration
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ RECIPES = {
     "digits-small": Recipe(9000, 256),
     "digits-large": Recipe(8000, 128),
     "digits-classifier": Recipe(5000, 128),
+    "digits-restore": Recipe(3000, 64),
 }
 
 
@@ -72,7 +74,7 @@ def train(
     DATA is an .npz file with x_train, y_train, x_test, y_test (uint8), or a folder <split>/<class>/<image>.
     Images become 32 x 32. digits-small and digits-large give a diffusers DiTPipeline and want an
     autoencoder that was trained before; digits-classifier gives a classifier and the reference statistics
-    of its features.
+    of its features; digits-restore gives a RestorationPipeline that undoes blur and noise, drawn anew in every step.
 
     A training that was stopped goes on from its last checkpoint when the same command is given again, and
     ends with the same weights, bit for bit on the same machine and number of threads.
@@ -130,6 +132,13 @@ def train(
         )
         vae.save_pretrained(output)
         extra = {"root_mean_square_error": reconstruction_error(vae, images)}
+    elif recipe == "digits-restore":
+        _begin(work, settings)
+        restorer, record = train_restoration(
+            images, work, steps=steps, batch_size=batch_size, seed=seed, save_every=save_every
+        )
+        restorer.save_pretrained(output)
+        extra = {}
     else:
         splits = {"train": images, "test": load_images(data, split="test")}
         if splits["test"].images.shape[1] != images.images.shape[1]:

@@ -16,16 +16,19 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
 from diffusers.utils import is_transformers_available, logging
 
-from fewstep.samplers import StitchedDenoiser  # saved schedulers of ours load only once this package is imported
+# Saved schedulers of ours load only once this package is imported.
+from fewstep.samplers import RestorationPipeline, StitchedDenoiser
 
 from .choices import unknown
+from .inputs import image_channels
 
-BUNDLED = ("digits-small", "digits-large")
-"""Class-conditional models of handwritten digits, 32 by 32 pixels, that come with the package."""
+BUNDLED = ("digits-small", "digits-large", "digits-restore")
+"""Models of handwritten digits, 32 by 32 pixels, that come with the package: two class-conditional ones, and one that
+undoes blur and noise."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-Kind = Literal["text", "class", "unconditional"]
+Kind = Literal["text", "class", "unconditional", "restoration"]
 
 _NEEDED_INPUTS = {"image", "images", "mask_image", "control_image", "init_image", "source_image", "video"}
 
@@ -37,7 +40,7 @@ class Model:
     Attributes:
         name: as it is stored in a record: a bundled name, an absolute folder or a hub id.
         pipeline: in evaluation mode on its device.
-        kind: whether it takes prompts, class labels or nothing.
+        kind: whether it takes prompts, class labels, nothing or degraded images.
         parameters: of the pipeline's call, by name.
         scheduler_config: of the scheduler that the model came with; all samplers are built from it.
         classes: the valid class labels, in order; empty unless ``kind`` is ``"class"``.
@@ -121,15 +124,22 @@ def load_model(name: str, dtype: str, device: str) -> Model:
 def _load(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     if name in BUNDLED:
         with as_file(_bundled_folder(name)) as folder:
-            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            pipeline = _from_pretrained(folder, dtype)
     else:
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        pipeline = _from_pretrained(name, dtype)
     if isinstance(pipeline, DDIMPipeline):
         # Its loop passes arguments of DDIMScheduler to any scheduler; this one is the same without them.
         pipeline = DDPMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
     if pipeline.dtype != dtype:  # else parts that diffusers keeps in float32 would be cast too
         pipeline.to(dtype=dtype)
     return pipeline
+
+
+def _from_pretrained(place: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    # diffusers finds none but its own classes by the name in model_index.json. Of a hub's model it would warn here.
+    ours = Path(place).is_dir() and DiffusionPipeline.load_config(place).get("_class_name") == "RestorationPipeline"
+    cls = RestorationPipeline if ours else DiffusionPipeline
+    return cls.from_pretrained(place, dtype=dtype, use_safetensors=True)
 
 
 @contextmanager
@@ -155,13 +165,21 @@ def describe(name: str, pipeline: DiffusionPipeline) -> Model:
     """Reads off a pipeline's call how it is driven.
 
     Raises:
-        ValueError: it needs inputs that are not text, class labels or nothing, or has no scheduler.
+        ValueError: it needs other inputs, or has no scheduler.
     """
     parameters = inspect.signature(type(pipeline).__call__).parameters
     title = f"model {name!r} ({type(pipeline).__name__})"
+    if isinstance(pipeline, RestorationPipeline):
+        channels = pipeline.unet.config.out_channels
+        if not image_channels(channels):
+            raise ValueError(f"{title} restores {channels} channels; generate reads images of 1 (grey) or 3 (RGB)")
+        return Model(name, pipeline, "restoration", parameters, pipeline.scheduler.config, (), {})
     needed = sorted(_NEEDED_INPUTS & set(parameters))
     if needed:
-        raise ValueError(f"{title} takes {', '.join(needed)}; generate drives text, class and unconditional models")
+        raise ValueError(
+            f"{title} takes {', '.join(needed)}; generate drives text, class and unconditional models, and "
+            "RestorationPipeline"
+        )
     if "num_frames" in parameters:
         raise ValueError(f"{title} makes videos; generate makes images")
     if getattr(pipeline, "scheduler", None) is None:

@@ -39,11 +39,11 @@ def image_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     """Images side by side, row by row; small ones are magnified by a whole number, large ones reduced.
 
     Args:
-        images: at least one, all of one size.
+        images: at least one; those smaller than the largest leave white to their right and below.
         columns: images a row.
     """
     images = [_fit(image) for image in images]
-    width, height = images[0].size
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP), "white")

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Settings:
         width: pixels; None for the model's own.
         dtype: of the networks.
         device: of the networks.
+        inputs: degraded images, absolute file -> SHA-256; image ``i`` restores number ``i % len(inputs)``; empty for
+            other kinds of models.
         stitch: the model of the early steps and its share of them, ``"MODEL:SHARE"``; None where one model makes all.
     """
 
@@ -73,6 +75,7 @@ class Settings:
     dtype: str
     device: str
     stitch: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def cells(self) -> list[Cell]:
@@ -85,8 +88,8 @@ class Settings:
         return self.seed + index
 
     def condition_of(self, index: int) -> str | int | None:
-        """The prompt or class of an image."""
-        given = self.prompts or self.classes
+        """The prompt, class or degraded file of an image."""
+        given = self.prompts or self.classes or tuple(self.inputs)
         return given[index % len(given)] if given else None
 
     def to_json(self) -> dict[str, Any]:
@@ -106,7 +109,7 @@ _SHAPES: dict[str, Any] = {
     **dict.fromkeys(("preset", "negative_prompt", "stitch"), (str, type(None))),
     "guidance_scale": (float, int, type(None)),
     "compare": bool,
-    "options": dict,
+    **dict.fromkeys(("options", "inputs"), dict),
 }
 """The type of every setting in a record; a list stands for a list of its entry."""
 
@@ -135,7 +138,7 @@ def read_settings(path: Path) -> Settings:
         ValueError: a setting is missing, unknown or of a wrong type.
     """
     run: dict[str, Any] = read_record(path)["run"]
-    names = {field.name for field in fields(Settings)}
+    names = {entry.name for entry in fields(Settings)}
     if set(run) != names:
         raise ValueError(f"record {path}: missing or unknown in 'run': {', '.join(sorted(set(run) ^ names))}")
     for name, value in run.items():
@@ -218,7 +221,7 @@ class RunFolder:
 
     def _write(self, status: str) -> None:
         settings = self.settings
-        key = "prompt" if settings.prompts else "class"
+        key = "prompt" if settings.prompts else "input" if settings.inputs else "class"
         content = {
             "format": FORMAT,
             "status": status,

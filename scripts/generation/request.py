@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .choices import unknown
+from .inputs import open_input
 from .model import DTYPES, Model
 from .record import Settings
 from .schedulers import resolve_sampler
@@ -16,6 +17,7 @@ MAX_SEED = 2**32 - 1
 """The generator of the CPU reads 32 bits of a seed."""
 
 _DEFAULT_NUMBER = 10
+_TAKES = {"class": "classes (--classes)", "restoration": "images (--input)"}
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
@@ -76,7 +78,7 @@ def default_number(model: Model, given: int) -> int:
 
     Args:
         model: the model.
-        given: number of prompts or classes that the user named; 0 for none.
+        given: number of prompts, classes or images that the user named; 0 for none.
     """
     return given or min(_DEFAULT_NUMBER, len(model.classes) or _DEFAULT_NUMBER)
 
@@ -114,6 +116,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"guidance-scale {settings.guidance_scale:g} must be finite and at least 0; 1 is no guidance")
     for name in ("prompts", "negative_prompt", "model"):
         _check_text(name, getattr(settings, name))
+    _check_text("input", tuple(settings.inputs))
     for name, size in (("height", settings.height), ("width", settings.width)):
         if size is not None and size < 1:
             raise ValueError(f"{name} {size} is less than 1")
@@ -128,8 +131,14 @@ def check_against(settings: Settings, model: Model) -> None:
         ValueError: the model does not take a setting, or needs one that is missing.
     """
     title = f"model {settings.model!r}"
+    if settings.inputs and model.kind != "restoration":
+        raise ValueError(f"input does not apply: {title} takes no images; use digits-restore or leave it out")
+    if model.kind == "restoration":
+        if not settings.inputs:
+            raise ValueError(f"{title} restores images: give --input with a file or a folder")
+        _check_sizes(settings, model)
     if settings.prompts and model.kind != "text":
-        what = "classes (--classes)" if model.kind == "class" else "neither prompts nor classes"
+        what = _TAKES.get(model.kind, "neither prompts nor classes")
         raise ValueError(f"prompt does not apply: {title} takes {what}")
     if model.kind == "text" and not settings.prompts:
         raise ValueError(f"{title} needs a prompt: give --prompt or --prompts")
@@ -140,6 +149,15 @@ def check_against(settings: Settings, model: Model) -> None:
     for name in ("negative_prompt", "guidance_scale", "height", "width"):
         if getattr(settings, name) is not None and name not in model.parameters:
             raise ValueError(f"{name.replace('_', '-')} does not apply: {title} takes none")
+
+
+def _check_sizes(settings: Settings, model: Model) -> None:
+    for name in settings.inputs:
+        width, height = open_input(name, 1).size
+        try:
+            model.pipeline.padding(height, width)
+        except ValueError as error:
+            raise ValueError(f"input {name}: {error}") from error
 
 
 def _check_text(name: str, value: str | Sequence[str] | None) -> None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from fewstep.samplers import PlanScheduler
 
+from .inputs import open_input
 from .model import Model
 from .pictures import columns_for, image_grid, labelled_grid, save_image
 from .record import GRID, Cell, RunFolder, Settings
@@ -45,7 +46,7 @@ def generate_images(settings: Settings, model: Model, output: Path, batch_size: 
         settings: checked settings.
         model: the model they name.
         output: the run's folder.
-        batch_size: images a call of the pipeline; on the CPU it is always 1.
+        batch_size: images a call of the pipeline; on the CPU, and for inputs of several sizes, it is always 1.
 
     Returns:
         The number of images made now.
@@ -55,7 +56,7 @@ def generate_images(settings: Settings, model: Model, output: Path, batch_size: 
     """
     schedulers = [build_scheduler(settings, model, cell) for cell in settings.cells]
     folder = RunFolder(output, settings, [plain_config(scheduler) for scheduler in schedulers])
-    size = 1 if settings.device == "cpu" else batch_size
+    size = 1 if settings.device == "cpu" or _of_many_sizes(settings) else batch_size
     missing = {cell: folder.missing(cell) for cell in settings.cells}
     made = sum(map(len, missing.values()))
     if not made and folder.complete:
@@ -102,6 +103,9 @@ def call_pipeline(
         arguments["prompt"] = conditions
     elif model.kind == "class":
         arguments["class_labels"] = conditions
+    elif model.kind == "restoration":
+        channels = model.pipeline.unet.config.out_channels
+        arguments["image"] = [open_input(str(name), channels) for name in conditions]
     else:
         arguments["batch_size"] = len(indices)
     if settings.negative_prompt is not None:
@@ -117,9 +121,13 @@ def call_pipeline(
     return images
 
 
+def _of_many_sizes(settings: Settings) -> bool:
+    return len({open_input(name, 1).size for name in settings.inputs}) > 1
+
+
 def _picture(settings: Settings, folder: RunFolder) -> Image.Image:
     count = min(settings.number, _GRID_IMAGES)
-    columns = columns_for(count, len(settings.prompts or settings.classes))
+    columns = columns_for(count, len(settings.prompts or settings.classes or settings.inputs))
 
     def grid(cell: Cell) -> Image.Image:
         images = []

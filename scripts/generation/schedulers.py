@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import fewstep.samplers
-from fewstep.samplers import SAMPLERS, PlanScheduler
+from fewstep.samplers import SAMPLERS, MRSamplerScheduler, PlanScheduler
 from fewstep.samplers.foreign import MODEL_KEYS
-from fewstep.samplers.options import ScheduleConfig
+from fewstep.samplers.options import DEFAULTS, ScheduleConfig
 from fewstep.samplers.presets import preset_options
 
 from .choices import unknown
@@ -23,6 +23,7 @@ from .record import Cell, Settings
 Scheduler = TypeVar("Scheduler", bound=PlanScheduler)
 
 _NEEDED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_MEAN_REVERTING = ("theta_schedule", "sigma_inf", "final_alpha")
 _SCHEDULE_TYPES = get_type_hints(ScheduleConfig, localns={"Sequence": Sequence})
 
 
@@ -54,6 +55,11 @@ def build_scheduler(settings: Settings, model: Model, cell: Cell) -> PlanSchedul
         _check_model(cls, own, model, cell.sampler)
     _check_options(cls, settings.options, cell.sampler)
     options = {**own, **settings.options}
+    if model.kind == "restoration" and cell.sampler in SAMPLERS:
+        # The sampler solves for the residual; its own options are one of the scheduler around it.
+        shared = {key: value for key, value in options.items() if key in DEFAULTS}
+        inner = {key: value for key, value in options.items() if key not in DEFAULTS}
+        cls, options = MRSamplerScheduler, {**shared, "solver": cell.sampler, "solver_options": inner}
     if settings.preset is not None:
         options = {"preset": settings.preset, "guidance_scale": settings.guidance_scale, **options}
     try:
@@ -105,9 +111,12 @@ def _saved(name: str) -> tuple[type[PlanScheduler], dict[str, Any]]:
 
 
 def _check_model(cls: type[PlanScheduler], own: dict[str, Any], model: Model, name: str) -> None:
-    """Refuses a saved scheduler that was made for another noise schedule or prediction."""
+    """Refuses a saved scheduler that was made for another process, noise schedule or prediction."""
+    if issubclass(cls, MRSamplerScheduler) != (model.kind == "restoration"):
+        needed = "an MRSamplerScheduler" if model.kind == "restoration" else "a scheduler of another class"
+        raise ValueError(f"sampler {name} holds a {cls.__name__}; model {model.name} needs {needed}")
     wanted = cls.from_config(model.scheduler_config).config
-    other = [key for key in MODEL_KEYS if key in own and own[key] != wanted[key]]
+    other = [key for key in (*MODEL_KEYS, *_MEAN_REVERTING) if key in own and own[key] != wanted[key]]
     if other:
         raise ValueError(
             f"sampler {name} was made for another model than {model.name}: their {', '.join(other)} differ"

@@ -12,7 +12,10 @@ from fewstep.samplers import StitchedDenoiser
 from .model import Model, load_model, resolve_name
 from .record import Settings
 
-_NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "shift")
+_NOISE = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type", "shift"),
+    *("theta_schedule", "sigma_inf", "final_alpha"),
+)
 
 
 def resolved_stitch(text: str) -> str:

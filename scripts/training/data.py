@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _read_folder(path: Path, split: str) -> _Split:
             raise ValueError(f"data {path} has no folder {split}/")
         root = path
     names = tuple(sorted(p.name for p in root.iterdir() if p.is_dir()))
-    files = [(f, k) for k, n in enumerate(names) for f in sorted((root / n).iterdir()) if f.suffix in _SUFFIXES]
+    files = [(f, k) for k, n in enumerate(names) for f in sorted((root / n).iterdir()) if f.suffix in IMAGE_SUFFIXES]
     if not files:
         raise ValueError(f"data {root} has no <class>/<image> files; give a folder with one sub-folder a class")
     pictures = []

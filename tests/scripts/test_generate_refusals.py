@@ -122,7 +122,7 @@ def test_bad_words(models: Path, tmp_path: Path, arguments: tuple[str, ...], sai
 @pytest.mark.parametrize(
     ("model", "arguments", "said"),
     [
-        ("nowhere", (), ("nowhere", "neither a folder, nor a hub id, nor bundled (digits-small, digits-large)")),
+        ("nowhere", (), ("nowhere", "neither a folder, nor a hub id, nor bundled (digits-small, digits-large, ")),
         ("empty", (), ("empty", "model_index.json")),
         ("file", (), ("is a file",)),
         ("broken", (), ("broken", "cannot be loaded")),

@@ -16,11 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fewstep.metrics import DigitsClassifier, ReferenceStatistics
+from fewstep.samplers import RestorationPipeline
 from fewstep.scripts.training import loop
 from fewstep.scripts.training.data import load_images
 from model_folders import assert_refused, invoke
 
-RECIPES = ("autoencoder", "digits-small", "digits-large", "digits-classifier")
+RECIPES = ("autoencoder", "digits-small", "digits-large", "digits-classifier", "digits-restore")
 STEPS, SAVE_EVERY = 5, 2
 
 
@@ -138,6 +139,18 @@ def test_latents_have_unit_variance(data: Path, trained: Callable[[str], Path]) 
     assert float(variance.sqrt()) * vae.config.scaling_factor == pytest.approx(1.0, rel=1e-3)
 
 
+def test_restorer_is_a_pipeline_of_at_most_four_megabytes(trained: Callable[[str], Path]) -> None:
+    folder = trained("digits-restore")
+    (weights_file,) = folder.rglob("*.safetensors")
+    assert weights_file.stat().st_size <= 4e6
+    pipeline = RestorationPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    degraded = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = pipeline(degraded, 2, torch.Generator().manual_seed(0), "pt").images
+    assert images.shape == degraded.shape
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
 def test_classifier_comes_with_its_reference_statistics(data: Path, trained: Callable[[str], Path]) -> None:
     folder = trained("digits-classifier")
     classifier = DigitsClassifier.from_pretrained(folder)
@@ -222,6 +235,8 @@ def test_folder_of_a_finished_training(data: Path, trained: Callable[[str], Path
         ("digits-small", (), ("--autoencoder", "fewstep train autoencoder")),
         ("autoencoder", ("--autoencoder", "{data}"), ("--autoencoder", "does not take it")),
         ("autoencoder", ("--precision", "bfloat16"), ("--precision",)),
+        ("digits-restore", ("--autoencoder", "{data}"), ("--autoencoder", "digits-restore does not take it")),
+        ("digits-restore", ("--precision", "bfloat16"), ("--precision",)),
         ("autoencoder", ("--precision", "float8"), ("--precision", "float8")),
         ("digits-small", ("--autoencoder", "{data}"), ("holds no autoencoder",)),
         ("digits-small", ("--autoencoder", "{broken}"), ("holds no autoencoder",)),

@@ -1,0 +1,151 @@
+"""What follows from the restored images of ``restore``: claims, the table, the file and the picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..files import replace_file
+from .output import environment, table
+from .restore import BASELINES, MEASURES, METHODS, Estimate, Point, Settings
+from .stitch import half_width
+
+
+def equal_or_better(point: Point, than: Point, measure: str) -> bool:
+    """Whether no loss against another point shows: it is within the 95 % interval of the paired difference."""
+    one, other = point.figures[measure], than.figures[measure]
+    gain = MEASURES[measure].best * (one.value - other.value)
+    return gain >= -half_width([a - b for a, b in zip(one.left_out, other.left_out, strict=True)])
+
+
+def fewest_calls(points: Sequence[Point], than: Point, measure: str) -> Point | None:
+    """Of some points, the one with the fewest calls that is equal to or better than another point."""
+    able = [point for point in points if equal_or_better(point, than, measure)]
+    return min(able, key=lambda point: point.calls, default=None)
+
+
+def claims(points: Sequence[Point]) -> list[str]:
+    """How many times fewer calls the MR Sampler needs than each baseline at its most calls, a line a measure.
+
+    With the calls at which the baseline itself is as good as at its most.
+    """
+    ours = [point for point in points if point.method.startswith("mr-")]
+    lines = []
+    for baseline in BASELINES if ours else ():
+        its = [point for point in points if point.method == baseline]
+        most = max(its, key=lambda point: point.calls, default=None)
+        if most is None:
+            continue
+        for name, measure in MEASURES.items():
+            enough = fewest_calls(its, most, name)
+            assert enough is not None
+            line = f"{measure.title}: {baseline} at {most.calls} calls {most.figures[name].value:.{measure.digits}f}"
+            line += f" ({enough.calls} do as well); "
+            found = fewest_calls(ours, most, name)
+            if found is None:
+                line += "the MR Sampler does not reach it"
+            else:
+                line += f"{found.method} at {found.calls} {found.figures[name].value:.{measure.digits}f}: "
+                line += f"{most.calls / found.calls:.3g} times fewer ({enough.calls / found.calls:.3g})"
+            lines.append(line)
+    return lines
+
+
+def restore_table(points: Sequence[Point]) -> str:
+    """A line a method and number of calls, with 95 % intervals."""
+    rows = []
+    for point in _ordered(points):
+        figures = []
+        for name, measure in MEASURES.items():
+            estimate = point.figures[name]
+            figures.append(f"{estimate.value:.{measure.digits}f} +- {half_width(estimate.left_out):.{measure.digits}f}")
+        rows.append([point.method, str(point.calls), *figures])
+    return table(["method", "calls", *(f"{measure.title}, 95 %" for measure in MEASURES.values())], rows)
+
+
+def _ordered(points: Sequence[Point]) -> list[Point]:
+    methods = ["degraded", *METHODS]
+    return sorted(points, key=lambda point: (methods.index(point.method), point.calls))
+
+
+def report(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
+    """The content of the JSON file, from which a table goes on."""
+    return {
+        "environment": environment(),
+        "settings": asdict(settings),
+        "points": [asdict(point) for point in _ordered(points)],
+        "claims": claims(points),
+    }
+
+
+def read_points(path: Path, settings: Settings) -> list[Point]:
+    """The points that a file of an earlier run holds; none where there is no file.
+
+    Raises:
+        ValueError: the file is none of this benchmark, or of other settings.
+    """
+    if not path.exists():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = dict(content["settings"])
+        points = [
+            Point(
+                entry["method"],
+                entry["calls"],
+                {
+                    name: Estimate(entry["figures"][name]["value"], tuple(entry["figures"][name]["left_out"]))
+                    for name in MEASURES
+                },
+            )
+            for entry in content["points"]
+        ]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--json {path} holds no table of this benchmark; give another file") from error
+    for name, value in asdict(settings).items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"--json {path} was made with {name}={found.get(name)!r}, not {value!r}; give another file"
+            )
+    return points
+
+
+def plot_restore(settings: Settings, points: Sequence[Point], path: Path) -> None:
+    """Draws every measure over the calls.
+
+    Args:
+        settings: for the title.
+        points: of the table.
+        path: of the picture, ending in .png, .svg or .pdf.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    panels = list(figure.subplots(2, 2).flat)
+    for panel, (name, measure) in zip(panels, MEASURES.items(), strict=True):
+        for method in METHODS:
+            its = [point for point in _ordered(points) if point.method == method]
+            if not its:
+                continue
+            panel.errorbar(
+                [point.calls for point in its],
+                [point.figures[name].value for point in its],
+                yerr=[half_width(point.figures[name].left_out) for point in its],
+                label=method,
+                marker="o",
+                capsize=2,
+                linestyle="--" if method in BASELINES else "-",
+            )
+        numbers = sorted({point.calls for point in points} - {0})
+        panel.set(xscale="log", xlabel="network calls", ylabel=measure.title, xticks=numbers, xticklabels=numbers)
+        panel.minorticks_off()
+        if measure.best < 0:
+            panel.set(yscale="log")
+        panel.grid(alpha=0.3)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{Path(settings.model).name}: {settings.count} test images")
+    with replace_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=150)
