@@ -12,20 +12,29 @@ from .dc_solver import DCSolverScheduler
 from .deis import DEISScheduler
 from .denoiser import Denoiser
 from .dpm_solver import DPMSolverPPScheduler
+from .evolution import ScheduleSearch, SearchSettings, search_schedule, trajectory_fitness
+from .fitting import FitStep, PlanFit, Problem, fit_plan, problem_of
 from .ghvb import GHVBScheduler
 from .heavy_ball import HeavyBallScheduler
+from .learned import LearnedScheduler, LearnedTable
 from .loop import sample
 from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
 from .plan import Call, Plan, Row
 from .pndm import FPNDMScheduler
+from .ranking import RankingSettings
 from .registry import SAMPLERS, Sampler, register
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
+from .search_archive import Evaluation
+from .searched import SearchedScheduler
 from .stability import stability_limit
 from .time_shift import TimeShiftScheduler
 from .trajectory import Trajectory, fine_trajectory
 from .unipc import UniPCScheduler
+from .usf import Correction, Derivative, SolverSchedule, SolverStep
+from .usf_known import KNOWN_SOLVERS, known_schedule, released_schedule
+from .usf_mutation import MutationSettings
 
 if typing.TYPE_CHECKING:
     from .denoiser_branched import BranchedDenoiser
@@ -34,41 +43,63 @@ if typing.TYPE_CHECKING:
     from .stitch import StitchedDenoiser
 
 __all__ = [
+    "KNOWN_SOLVERS",
     "SAMPLERS",
     "BranchedDenoiser",
     "Call",
     "CascadeRegression",
+    "Correction",
     "DCSolverScheduler",
     "DEISScheduler",
     "DPMSolverPPScheduler",
     "Denoiser",
+    "Derivative",
     "DiscreteVPSchedule",
     "DrivenDenoiser",
     "EDMSchedule",
+    "Evaluation",
     "FPNDMScheduler",
+    "FitStep",
     "FlowSchedule",
     "GHVBScheduler",
     "HeavyBallScheduler",
+    "LearnedScheduler",
+    "LearnedTable",
     "MRSamplerScheduler",
     "MeanRevertingSchedule",
+    "MutationSettings",
     "NoiseSchedule",
     "Plan",
+    "PlanFit",
     "PlanScheduler",
     "PlanSchedulerOutput",
+    "Problem",
+    "RankingSettings",
     "RatioSearch",
     "RestorationPipeline",
     "Row",
     "Sampler",
+    "ScheduleSearch",
+    "SearchSettings",
+    "SearchedScheduler",
+    "SolverSchedule",
+    "SolverStep",
     "StitchedDenoiser",
     "TimeShiftScheduler",
     "Trajectory",
     "UniPCScheduler",
     "fine_trajectory",
+    "fit_plan",
+    "known_schedule",
+    "problem_of",
     "register",
+    "released_schedule",
     "sample",
     "search_ratios",
     "search_ratios_over",
+    "search_schedule",
     "stability_limit",
+    "trajectory_fitness",
 ]
 
 

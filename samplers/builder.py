@@ -22,7 +22,10 @@ class Value:
 
 @dataclass
 class _Segment:
-    """A network call and the combinations between it and the next call."""
+    """A network call and the combinations between it and the next call.
+
+    ``heard`` is where the label tells the network to be, which need not be where the sample is.
+    """
 
     sample: int
     prediction: int
@@ -30,6 +33,7 @@ class _Segment:
     level: float
     timestep: float
     measure: Measure
+    heard: tuple[float, Node]
     combinations: list[tuple[int, Terms, float]] = field(default_factory=list)
 
 
@@ -74,6 +78,12 @@ class PlanBuilder:
         alpha, sigma = self.grid.schedule.alpha_sigma(level)
         return self._evaluate(sample, Node(float(alpha), float(sigma)), level, timestep, measure)
 
+    def evaluate_with_label(self, sample: Value, node: Node, level: float, timestep: float, measure: Measure) -> Value:
+        """Calls the network at a sample of ``node`` with the label of another level, in whose terms it answers."""
+        heard = float(self.grid.schedule.level(timestep))
+        alpha, sigma = self.grid.schedule.alpha_sigma(heard)
+        return self._evaluate(sample, node, level, timestep, measure, (heard, Node(float(alpha), float(sigma))))
+
     def node_at_rho(self, rho: float) -> Node:
         """The node with ``sigma / alpha = rho``."""
         alpha, sigma = self.grid.schedule.alpha_sigma(self.grid.schedule.level_of_rho(rho))
@@ -97,9 +107,18 @@ class PlanBuilder:
         self._count += 1
         return Value(self._count - 1)
 
-    def _evaluate(self, sample: Value, node: Node, level: float, timestep: float, measure: Measure) -> Value:
+    def _evaluate(
+        self,
+        sample: Value,
+        node: Node,
+        level: float,
+        timestep: float,
+        measure: Measure,
+        heard: tuple[float, Node] | None = None,
+    ) -> Value:
         prediction = self._new()
-        self._segments.append(_Segment(sample.index, prediction.index, node, level, timestep, measure))
+        place = (level, node) if heard is None else heard
+        self._segments.append(_Segment(sample.index, prediction.index, node, level, timestep, measure, place))
         return prediction
 
 
@@ -145,17 +164,16 @@ class _Compiler:
         keep_sample = self._allocate(segment.sample) if self.last_use.get(segment.sample, -1) > k else None
         keep_prediction = self._allocate(segment.prediction) if self.last_use.get(segment.prediction, -1) > k else None
         drop = tuple(sorted(before - set(self.slot_of.values())))
-        node = segment.node
-        data, noise_pair = conversions(
-            self.builder.grid.schedule, self.builder.prediction_type, segment.level, node.alpha, node.sigma
-        )
+        node, schedule = segment.node, self.builder.grid.schedule
+        level, heard = segment.heard
+        data, noise_pair = conversions(schedule, self.builder.prediction_type, level, heard.alpha, heard.sigma)
         pair = data if segment.measure == "data" else noise_pair
         if pair is None or data is None:
             raise ValueError(
                 f"prediction_type {self.builder.prediction_type!r} cannot be sampled from alpha = 0 "
                 f"(timestep {segment.timestep:g}): its clean sample is undefined there; start below the last level"
             )
-        scale = self.builder.grid.schedule.in_scale(segment.level)
+        scale = schedule.in_scale(level)
         return Call(
             timestep=segment.timestep,
             level=segment.level,

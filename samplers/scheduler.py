@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     ) -> Any:
         """Makes the scheduler from any diffusers scheduler's config.
 
-        Flow matching and EDM configs are recognised and become the options that say so.
+        Flow matching and EDM configs are recognised and become the options that say so. ``PlanScheduler`` itself makes
+        the scheduler of the class that the config was saved from, so that ``PlanScheduler.from_pretrained`` loads all
+        of ours.
 
         Args:
             config: a scheduler's ``config``, or a dict of options.
@@ -87,13 +90,31 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             kwargs: options that override the config.
 
         Raises:
-            ValueError: the config of a model that is neither variance preserving nor rectified flow nor EDM.
+            ValueError: the config of a model that is neither variance preserving nor rectified flow nor EDM; or of
+                ``PlanScheduler``, a config that none of ours wrote.
         """
+        if cls is PlanScheduler:
+            return cls._saved_class(config).from_config(config, return_unused_kwargs, preset=preset, **kwargs)
         if config is not None:
+            if "theta_schedule" in config and "theta_schedule" not in inspect.signature(cls).parameters:
+                raise ValueError(
+                    f"config of {config.get('_class_name')} describes mean-reverting diffusion; use MRSamplerScheduler "
+                    f"with solver= in the place of {cls.__name__}"
+                )
             kwargs = {**options_from(config), **kwargs}
         if preset is not None:
             kwargs["preset"] = preset
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @staticmethod
+    def _saved_class(config: Mapping[str, Any] | None) -> type[PlanScheduler]:
+        name = (config or {}).get("_class_name")
+        found = getattr(sys.modules[__package__], str(name), None)
+        if not (isinstance(found, type) and issubclass(found, PlanScheduler)) or found is PlanScheduler:
+            raise ValueError(
+                f"config is that of {name!r}, which is no scheduler of fewstep; choose one and use its from_config"
+            )
+        return found
 
     def _setup(self) -> None:
         """Checks the shared options and makes the schedule; subclasses call it at the end of ``__init__``."""

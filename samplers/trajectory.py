@@ -136,15 +136,25 @@ def grid_of(scheduler: PlanScheduler) -> Grid:
 
 def run_of(scheduler: PlanScheduler, plan: Plan) -> PlanRun:
     """A run of a plan with the scheduler's thresholding, beside the scheduler's own."""
+    return PlanRun(plan, limits_of(scheduler))
+
+
+def limits_of(scheduler: PlanScheduler) -> Thresholding | None:
+    """The scheduler's thresholding."""
     config = scheduler.config
-    limits = Thresholding(config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
-    return PlanRun(plan, limits)
+    return Thresholding(config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
 
 
 def network_output(scheduler: PlanScheduler, network: Network, x: torch.Tensor, call: Call) -> torch.Tensor:
     """What the network says at a call, without the variances that some predict too."""
-    label = torch.tensor(call.timestep, dtype=scheduler.timesteps.dtype, device=x.device)
-    output = network(x if call.in_scale == 1.0 else x * call.in_scale, label)
+    return asked(scheduler, network, x, torch.tensor(call.timestep, dtype=scheduler.timesteps.dtype), call.in_scale)
+
+
+def asked(
+    scheduler: PlanScheduler, network: Network, x: torch.Tensor, timestep: torch.Tensor, in_scale: float
+) -> torch.Tensor:
+    """What the network says to a sample and a label, without the variances that some predict too."""
+    output = network(x if in_scale == 1.0 else x * in_scale, timestep.to(x.device))
     return output if output.shape == x.shape else scheduler._mean_of(output, x)
 
 

@@ -210,6 +210,30 @@ def sample(
     return x
 
 
+def network_of(scheduler: Any, clean: Clean = MIXTURE.clean) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """An ideal network, which knows times by their labels alone."""
+    schedule, prediction_type = scheduler.schedule, scheduler.config.prediction_type
+
+    def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        level = float(schedule.level(float(timestep)))
+        alpha, sigma = (float(v) for v in schedule.alpha_sigma(level))
+        if schedule.kind == "edm":
+            x = x * math.hypot(sigma, 0.5)
+            return edm_output(clean(x, alpha, sigma), x, sigma, 0.5, 1.0)
+        return output(clean(x, alpha, sigma), x, alpha, sigma, prediction_type).to(x.dtype)
+
+    return network
+
+
+def run_labelled(scheduler: Any, x: torch.Tensor, clean: Clean = MIXTURE.clean, *, begin: int = 0) -> torch.Tensor:
+    """The loop of a pipeline over such a network."""
+    network = network_of(scheduler, clean)
+    scheduler.set_begin_index(begin)
+    for t in scheduler.timesteps[begin:]:
+        x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x, return_dict=False)[0]
+    return x
+
+
 class Truth:
     """Exact end points of probability flow trajectories of a mixture, each solved once.
 

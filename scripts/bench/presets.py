@@ -14,12 +14,11 @@ import torch
 from tqdm import tqdm
 
 from fewstep.metrics import GaussianMixture, GuidedPair
-from fewstep.samplers import Call, DEISScheduler, DPMSolverPPScheduler, PlanScheduler, UniPCScheduler
+from fewstep.samplers import Call, DEISScheduler, Denoiser, DPMSolverPPScheduler, PlanScheduler, UniPCScheduler
 from fewstep.samplers.options import ScheduleConfig
 
 from ..files import write_text
 from ..generation.model import load_model
-from ..generation.network import guided_network, latent_shape
 
 MODELS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "vp": (
@@ -148,14 +147,16 @@ def mixture_problem(config: Mapping[str, Any], kind: str, seed: int, guidance: f
 def digits_problem(seed: int, guidance: float, noises: int) -> Problem:
     """The bundled model, against 300 steps."""
     loaded = load_model("digits-small", "float32", "cpu")
-    network = guided_network(loaded, torch.arange(noises) % len(loaded.classes), guidance)
+    labels = [k % len(loaded.classes) for k in range(noises)]
+    network = Denoiser.from_pipeline(loaded.pipeline, class_labels=labels, guidance_scale=guidance)
 
+    @torch.no_grad()
     def output(x: torch.Tensor, call: Call) -> torch.Tensor:
-        return network(x, torch.tensor(call.timestep))
+        return network(x, call.timestep)
 
     config = {key: value for key, value in loaded.scheduler_config.items() if key in ScheduleConfig.__annotations__}
     config |= {"timestep_spacing": "linspace", "sample_max_value": None}
-    x = torch.randn(noises, *latent_shape(loaded), generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(noises, *network.shape, generator=torch.Generator().manual_seed(seed))
     return Problem(config, output, x, _run(DPMSolverPPScheduler(**config), output, x, 300))
 
 

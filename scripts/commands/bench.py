@@ -12,6 +12,7 @@ _FILE = click.Path(path_type=Path)
 _LATER = {
     "digits": "Measure the images of a digit model.",
     "stitch": "Measure T-Stitch: a small model makes the early steps.",
+    "tuned": "Measure tuned samplers against the best of diffusers.",
     "restore": "Measure restoration of degraded digits against network calls.",
 }
 """Subcommands in files of their own, and their lines in the help."""

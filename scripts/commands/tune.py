@@ -7,134 +7,162 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
-from tqdm import tqdm
 
-from fewstep.samplers import DCSolverScheduler, PlanScheduler, fine_trajectory, search_ratios
-from fewstep.samplers.trajectory import Network
+from fewstep.samplers import SAMPLERS, PlanScheduler
+from fewstep.samplers.fitting import FREE
 
-from ..files import write_json
-from ..generation.model import load_model, resolve_device, resolve_name
-from ..generation.network import guided_network, latent_shape
+from ..bench.accuracy import check_plot
+from ..files import check_files, write_json
+from ..generation.model import Model, load_model, resolve_device, resolve_name
+from ..generation.options import parse_options
 from ..generation.record import check_writable
 from ..generation.schedulers import parsed_options
+from ..tuning.compensated import fit_ratios
+from ..tuning.learned import fit_table
+from ..tuning.report import REPORT, begin, describe, plot
+from ..tuning.searched import error_fitness, frechet_fitness, search
+from ..tuning.task import Conditions, compare
 
-_FINE = 200
-"""Steps of the runs that count as exact."""
+NOISES = {"dc": 10, "s3": 40, "learned": 50}
+"""Initial noises that each method's fit sees, unless the user says otherwise."""
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", required=True, help="digits-small, digits-large, or the folder of a DiT pipeline.")
-@click.option("--method", type=click.Choice(["dc"]), default="dc", help="dc: the ratios of DC-Solver.")
+@click.option("--model", required=True, help="digits-small, digits-large, a folder or a hub id.")
+@click.option(
+    "--method",
+    type=click.Choice(list(NOISES)),
+    default="dc",
+    help="dc: the ratios of DC-Solver; s3: a searched schedule; learned: times and coefficients.",
+)
 @click.option("--steps", type=click.IntRange(3), required=True, help="Network calls of the runs to be tuned.")
 @click.option("--guidance-scale", type=click.FloatRange(1.0), default=1.0, help="Classifier-free guidance; 1 is none.")
+@click.option("--prompt", "prompts", multiple=True, help="Of a text model; repeatable, taken in turn.")
 @click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="Option of the scheduler; repeatable.")
-@click.option("--noises", type=click.IntRange(1), default=10, help="Initial noises that the search sees.")
-@click.option("--held-out", type=click.IntRange(2), default=60, help="Others, on which the result is measured.")
-@click.option("--refinement", type=click.IntRange(0), default=40, help="Joint adjustments after the paper's search.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of the noises.")
+@click.option("--noises", type=click.IntRange(1), help="Noises that the fit sees.  [default: 10, 40 or 50 by method]")
+@click.option("--held-out", type=click.IntRange(2), default=100, help="Others, on which the result is measured.")
+@click.option(
+    "--refinement", type=click.IntRange(0), default=40, help="dc: joint adjustments after the paper's search."
+)
+@click.option("--fitness", type=click.Choice(["error", "frechet"]), default="error", help="s3: what is minimised.")
+@click.option("--images", type=click.IntRange(100), default=500, help="s3: of a Frechet distance.")
+@click.option("--rounds", type=click.IntRange(0), default=8, help="s3: of the evolution.")
+@click.option("--polish", type=click.IntRange(0), default=400, help="s3: evaluations of continuous changes at the end.")
+@click.option("--free", default=",".join(FREE), help="learned: what is fitted.")
+@click.option("--iterations", type=click.IntRange(1), default=30, help="learned: at most.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the noises and of the search.")
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder of the scheduler.")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Of what was minimised: .png, .svg or .pdf.")
 def tune(
     model: str,
     method: str,
     steps: int,
     guidance_scale: float,
+    prompts: tuple[str, ...],
     options: tuple[str, ...],
-    noises: int,
+    noises: int | None,
     held_out: int,
     refinement: int,
+    fitness: str,
+    images: int,
+    rounds: int,
+    polish: int,
+    free: str,
+    iterations: int,
     seed: int,
     device: str,
     output: Path,
+    picture: Path | None,
 ) -> None:
     """Fit a sampler to a model, a number of steps and a guidance scale.
 
-    Writes a scheduler folder, which generate --sampler FOLDER and DCSolverScheduler.from_pretrained read, and
-    tuning.json with the errors to the exact end of the same noises before and after, on noises that the search
-    never saw.
+    Writes a scheduler folder, which generate --sampler FOLDER and from_pretrained read, and tuning.json with the
+    errors to the exact end of the same noises, UniPC's before and the fitted sampler's after, on noises that the fit
+    never saw. A search or fit that was stopped goes on when the same command is given again.
 
     \b
-    fewstep tune --model digits-large --steps 5 --guidance-scale 1 --output tuned
+    fewstep tune --model digits-large --steps 5 --method learned --output tuned
     fewstep generate --model digits-large --sampler tuned --steps 5 --guidance-scale 1
     """  # noqa: D301  click wants the backspace itself
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise ValueError(f"output {output} exists already; name a new folder")
-    check_writable(output)
-    loaded = load_model(resolve_name(model), "float32", resolve_device(device))
-    scheduler: DCSolverScheduler = parsed_options(DCSolverScheduler, loaded, options)
-    scheduler.set_timesteps(steps)
-    classes = torch.tensor(loaded.classes)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(noises + held_out, *latent_shape(loaded), generator=generator).to(loaded.pipeline.device)
-    labels = classes[torch.arange(noises + held_out) % len(classes)]
-    seen, unseen = drawn[:noises], drawn[noises:]
-    networks = [guided_network(loaded, part, guidance_scale) for part in (labels[:noises], labels[noises:])]
-    truths = [
-        fine_trajectory(scheduler, network, noise, steps=max(_FINE, steps))
-        for network, noise in zip(networks, (seen, unseen), strict=True)
-    ]
-    with tqdm(total=steps, desc="ratios", unit="step") as bar:
-        found = search_ratios(
-            scheduler,
-            networks[0],
-            seen,
-            truth=truths[0],
-            refinement=refinement,
-            progress=lambda index, ratio, error: bar.update(),
-        )
-    tuned = DCSolverScheduler.from_config(scheduler.config, ratios=found.ratios)
-    errors = {
-        name: _compare(scheduler, tuned, network, noise, truth.samples[-1], steps)
-        for name, network, noise, truth in zip(("seen", "held_out"), networks, (seen, unseen), truths, strict=True)
-    }
-    tuned.save_pretrained(output)
-    report = {
-        "model": model,
+    if picture is not None:
+        check_plot(picture)
+        check_files(picture)
+        if method == "dc":
+            raise ValueError(f"--plot {picture}: the search of ratios goes step by step, without a curve; leave it out")
+    seen_count = noises or NOISES[method]
+    settings: dict[str, Any] = {
+        "model": resolve_name(model),
         "method": method,
         "steps": steps,
         "guidance_scale": guidance_scale,
-        "noises": noises,
+        "prompts": list(prompts),
+        "options": parse_options(options),
+        "noises": seen_count,
+        "held_out": held_out,
         "seed": seed,
-        "refinement": refinement,
-        "ratios": found.ratios,
-        "network_calls": found.calls,
-        "errors": errors,
-        "versions": {name: version(name) for name in ("fewstep", "torch", "diffusers")},
+        **{
+            "dc": {"refinement": refinement},
+            "s3": {"fitness": fitness, "images": images, "rounds": rounds, "polish": polish},
+            "learned": {"free": _names(free), "iterations": iterations},
+        }[method],
     }
-    write_json(output / "tuning.json", report)
-    click.echo("ratios " + " ".join(f"{ratio:.4f}" for ratio in found.ratios))
-    for name, figures in errors.items():
-        low, high = figures["change_interval"]
-        click.echo(
-            f"{name.replace('_', ' '):>8}, {figures['samples']} noises: error {figures['before']:.4f} -> "
-            f"{figures['after']:.4f} (median {figures['median_before']:.4f} -> {figures['median_after']:.4f}), "
-            f"change {figures['change']:+.1%} (95 %: {low:+.1%} to {high:+.1%})"
+    check_writable(output)
+    loaded = load_model(settings["model"], "float32", resolve_device(device))
+    conditions = Conditions(loaded, prompts, guidance_scale)
+    before = _scheduler("dc-solver", loaded, options, steps)
+    judges = None
+    if fitness == "frechet":
+        judges = [frechet_fitness(loaded, guidance_scale, steps, range(begin, begin + images)) for begin in (0, images)]
+    begin(output, settings)
+
+    # Half as many again for when to stop and which to take; none of them is measured on.
+    chosen = seen_count // 2 + 1 if method != "dc" else 0
+    first, second = seed + seen_count, seed + seen_count + chosen
+    seen = conditions.batches(before, range(seed, first))
+    validation = conditions.batches(before, range(first, second))
+    unseen = conditions.batches(before, range(second, second + held_out))
+    tuned: PlanScheduler
+    if method == "dc":
+        tuned, found = fit_ratios(before, seen[0], refinement)
+    elif method == "s3":
+        tuned, found = search(
+            before,
+            *(judges or [error_fitness(batches[0]) for batches in (seen, validation)]),
+            rounds=rounds,
+            refinement=polish,
+            seed=seed,
+            archive=output / "schedules.jsonl",
         )
+    else:
+        start = _scheduler("ddim", loaded, options, steps)
+        tuned, found = fit_table(
+            start, seen, validation, free=_names(free), iterations=iterations, checkpoint=output / "fit.json"
+        )
+    errors = {name: compare(before, tuned, batches, steps) for name, batches in (("seen", seen), ("held_out", unseen))}
+    tuned.save_pretrained(output)
+    versions = {name: version(name) for name in ("fewstep", "torch", "diffusers")}
+    write_json(output / REPORT, {**settings, "found": found, "errors": errors, "versions": versions})
+    if picture is not None:
+        curves = {"best": found["history"]} if method == "s3" else _curves(found["history"])
+        plot(picture, curves, "schedules" if method == "s3" else "iterations")
+    click.echo(describe(errors))
 
 
-def _compare(
-    before: PlanScheduler, after: PlanScheduler, network: Network, noise: torch.Tensor, end: torch.Tensor, steps: int
-) -> dict[str, Any]:
-    """Errors of two schedulers on the same noises, a root mean square over each sample; their mean and median."""
-    old, new = ((_run(s, network, noise, steps) - end).flatten(1).square().mean(1).sqrt() for s in (before, after))
-    draws = torch.randint(len(noise), (2000, len(noise)), generator=torch.Generator().manual_seed(0))
-    changes = new.cpu()[draws].mean(1) / old.cpu()[draws].mean(1) - 1.0
-    return {
-        "samples": len(noise),
-        "before": float(old.mean()),
-        "after": float(new.mean()),
-        "median_before": float(old.median()),
-        "median_after": float(new.median()),
-        "change": float(new.mean() / old.mean() - 1.0),
-        "change_interval": [float(changes.quantile(q)) for q in (0.025, 0.975)],
-    }
+def _names(free: str) -> list[str]:
+    names = [name.strip() for name in free.split(",")]
+    if unknown := [name for name in names if name not in FREE]:
+        raise ValueError(f"--free {unknown[0]!r} is unknown; use some of {','.join(FREE)}")
+    return names
 
 
-def _run(scheduler: PlanScheduler, network: Network, noise: torch.Tensor, steps: int) -> torch.Tensor:
+def _scheduler(name: str, model: Model, options: tuple[str, ...], steps: int) -> Any:
+    """A sampler of the model with its timesteps set."""
+    sampler = SAMPLERS[name]
+    scheduler = parsed_options(sampler.scheduler, model, options, **sampler.options)
     scheduler.set_timesteps(steps)
-    sample = noise * scheduler.init_noise_sigma
-    for label in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, label)
-        sample = scheduler.step(network(scaled, label), label, sample, return_dict=False)[0]
-    return sample
+    return scheduler
+
+
+def _curves(history: list[dict[str, Any]]) -> dict[str, list[float]]:
+    return {name: [step[key] for step in history] for name, key in (("seen", "error"), ("validation", "validation"))}

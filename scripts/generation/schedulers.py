@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import fewstep.samplers
-from fewstep.samplers import SAMPLERS, MRSamplerScheduler, PlanScheduler
+from fewstep.samplers import SAMPLERS, MRSamplerScheduler, PlanScheduler, UniPCScheduler
 from fewstep.samplers.foreign import MODEL_KEYS
 from fewstep.samplers.options import DEFAULTS, ScheduleConfig
 from fewstep.samplers.presets import preset_options
@@ -80,15 +80,15 @@ def build_scheduler(settings: Settings, model: Model, cell: Cell) -> PlanSchedul
     return scheduler
 
 
-def parsed_options(cls: type[Scheduler], model: Model, pairs: Sequence[str]) -> Scheduler:
-    """A scheduler of a class for a model, with options from ``key=value`` words.
+def parsed_options(cls: type[Scheduler], model: Model, pairs: Sequence[str], **own: Any) -> Scheduler:
+    """A scheduler of a class for a model, with options from ``key=value`` words beside its own.
 
     Raises:
         ValueError: an option is unknown, or the scheduler refuses it.
     """
     options = parse_options(pairs)
     _check_options(cls, options, cls.__name__)
-    scheduler: Scheduler = cls.from_config(model.scheduler_config, **options)
+    scheduler: Scheduler = cls.from_config(model.scheduler_config, **{**own, **options})
     return scheduler
 
 
@@ -115,7 +115,9 @@ def _check_model(cls: type[PlanScheduler], own: dict[str, Any], model: Model, na
     if issubclass(cls, MRSamplerScheduler) != (model.kind == "restoration"):
         needed = "an MRSamplerScheduler" if model.kind == "restoration" else "a scheduler of another class"
         raise ValueError(f"sampler {name} holds a {cls.__name__}; model {model.name} needs {needed}")
-    wanted = cls.from_config(model.scheduler_config).config
+    # Not of the saved class, which may be made for one model alone: any that reads what the model is.
+    reader = MRSamplerScheduler if model.kind == "restoration" else UniPCScheduler
+    wanted = reader.from_config(model.scheduler_config).config
     other = [key for key in (*MODEL_KEYS, *_MEAN_REVERTING) if key in own and own[key] != wanted[key]]
     if other:
         raise ValueError(

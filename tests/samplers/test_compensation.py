@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from analytic import EDM, FLOW, STABLE_DIFFUSION, ZERO_SNR, edm_output, output
+import analytic
+from analytic import EDM, FLOW, STABLE_DIFFUSION, ZERO_SNR
 from fewstep.metrics import GaussianMixture
 from fewstep.metrics.mixture import GuidedPair
 from fewstep.samplers import DPMSolverPPScheduler, unipc
@@ -40,17 +41,12 @@ def noises(count: int, seed: int) -> torch.Tensor:
 
 
 def network_of(scheduler: Any, data: Any = DATA) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """An ideal network, which knows times by their labels."""
-    schedule, prediction_type = scheduler.schedule, scheduler.config.prediction_type
+    """An ideal network, which is told times as pipelines tell them."""
+    ideal = analytic.network_of(scheduler, data.clean)
 
     def network(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         assert timestep.dtype == scheduler.timesteps.dtype
-        level = float(schedule.level(float(timestep)))
-        alpha, sigma = (float(v) for v in schedule.alpha_sigma(level))
-        if schedule.kind == "edm":
-            x = x * math.hypot(sigma, 0.5)
-            return edm_output(data.clean(x, alpha, sigma), x, sigma, 0.5, 1.0)
-        return output(data.clean(x, alpha, sigma), x, alpha, sigma, prediction_type).to(x.dtype)
+        return ideal(x, timestep)
 
     return network
 

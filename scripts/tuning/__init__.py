@@ -1,0 +1,1 @@
+"""Fits of samplers to a model."""
