@@ -10,9 +10,8 @@ from .cascade import CascadeRegression
 from .compensation import RatioSearch, search_ratios, search_ratios_over
 from .dc_solver import DCSolverScheduler
 from .deis import DEISScheduler
-from .denoiser import Denoiser
+from .denoisers.denoiser import Denoiser
 from .dpm_solver import DPMSolverPPScheduler
-from .evolution import ScheduleSearch, SearchSettings, search_schedule, trajectory_fitness
 from .fitting import FitStep, PlanFit, Problem, fit_plan, problem_of
 from .ghvb import GHVBScheduler
 from .heavy_ball import HeavyBallScheduler
@@ -22,23 +21,24 @@ from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
 from .plan import Call, Plan, Row
 from .pndm import FPNDMScheduler
-from .ranking import RankingSettings
 from .registry import SAMPLERS, Sampler, register
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
-from .search_archive import Evaluation
 from .searched import SearchedScheduler
 from .stability import stability_limit
 from .time_shift import TimeShiftScheduler
 from .trajectory import Trajectory, fine_trajectory
 from .unipc import UniPCScheduler
-from .usf import Correction, Derivative, SolverSchedule, SolverStep
-from .usf_known import KNOWN_SOLVERS, known_schedule, released_schedule
-from .usf_mutation import MutationSettings
+from .usf.archive import Evaluation
+from .usf.decisions import Correction, Derivative, SolverSchedule, SolverStep
+from .usf.evolution import ScheduleSearch, SearchSettings, search_schedule, trajectory_fitness
+from .usf.known import KNOWN_SOLVERS, known_schedule, released_schedule
+from .usf.mutation import MutationSettings
+from .usf.ranking import RankingSettings
 
 if typing.TYPE_CHECKING:
-    from .denoiser_branched import BranchedDenoiser
-    from .denoiser_driven import DrivenDenoiser
+    from .denoisers.branched import BranchedDenoiser
+    from .denoisers.driven import DrivenDenoiser
     from .restoration import RestorationPipeline
     from .stitch import StitchedDenoiser
 
@@ -115,11 +115,11 @@ def __getattr__(name: str) -> typing.Any:
 
         return RestorationPipeline
     if name == "BranchedDenoiser":
-        from .denoiser_branched import BranchedDenoiser
+        from .denoisers.branched import BranchedDenoiser
 
         return BranchedDenoiser
     if name == "DrivenDenoiser":
-        from .denoiser_driven import DrivenDenoiser
+        from .denoisers.driven import DrivenDenoiser
 
         return DrivenDenoiser
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import numpy as np
 from .builder import PlanBuilder
 from .fixed_times import FixedTimesScheduler
 from .grid import Grid
+from .json_fields import fields_of, numbers
 from .options import ScheduleConfig, scheduler_options
 from .plan import NOISE, PREDICTION, SAMPLE, Plan
 from .schedule import NoiseSchedule
@@ -144,15 +145,13 @@ class LearnedTable:
         """
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT or data.get("version") != _VERSION:
             raise ValueError(f"table is no learned table of version {_VERSION}: {data!s:.80}")
-        unknown = sorted(set(data) - {field.name for field in fields(cls)} - {"format", "version"})
-        if unknown:
-            raise ValueError(f"table has unknown fields {', '.join(unknown)}; save it again")
-        try:
-            levels, labels, scales = (tuple(map(float, data[key])) for key in ("levels", "labels", "scales"))
-            rows = [tuple(tuple(map(float, row)) for row in data[key]) for key in ("data", "noise")]
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"{error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"table is damaged: {reason}; save it again") from None
+        found = fields_of(data, "table", [field.name for field in fields(cls)], ("format", "version"))
+        levels, labels, scales = (numbers(found[name], f"{name} of table") for name in ("levels", "labels", "scales"))
+        rows = []
+        for name in ("data", "noise"):
+            if not isinstance(found[name], (list, tuple)):
+                raise ValueError(f"{name} of table is {found[name]!r:.80}; give rows of numbers")
+            rows.append(tuple(numbers(row, f"row {k} of {name} of table") for k, row in enumerate(found[name])))
         return cls(levels, labels, scales, rows[0], rows[1])
 
 

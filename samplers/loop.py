@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .denoiser import Denoiser
+from .denoisers.denoiser import Denoiser
 
 
 @torch.no_grad()

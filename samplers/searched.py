@@ -13,8 +13,8 @@ from .grid import Grid
 from .options import ScheduleConfig, scheduler_options
 from .plan import Plan
 from .scheduler import Floats, PlanSchedulerOutput
-from .usf import SolverSchedule
-from .usf_plan import write_schedule
+from .usf.decisions import SolverSchedule
+from .usf.rows import write_schedule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

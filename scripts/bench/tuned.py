@@ -19,7 +19,7 @@ from fewstep.metrics import (
     frechet_distance,
 )
 from fewstep.samplers import SAMPLERS, PlanScheduler
-from fewstep.samplers.fitting import FREE
+from fewstep.samplers.plan_numbers import FREE
 
 from ..generation.model import load_model
 from ..tuning.compensated import fit_ratios
@@ -32,7 +32,7 @@ from .rivals import Rival, rivals
 
 METHODS = ("unipc", "dc", "s3", "learned")
 _SEEN = {"dc": 10, "s3": 40}
-_SAMPLE_CALLS = 400
+_SAMPLE_CALLS = 250
 """Noises times calls that a learned plan is fitted to: derivatives are the dearer the more calls there are."""
 _CHOOSE, _HELD_OUT, _IMAGES = 50, 10_000, 20_000
 """First seeds of the noises that choose among diffusers' schedulers, and of those that nothing was fitted to."""

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from fewstep.samplers import SAMPLERS, PlanScheduler
-from fewstep.samplers.fitting import FREE
+from fewstep.samplers.plan_numbers import FREE
 
 from ..bench.accuracy import check_plot
 from ..files import check_files, write_json

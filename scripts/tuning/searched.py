@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fewstep.metrics import DigitsClassifier, FeatureStatistics, digits_statistics, frechet_distance
 from fewstep.samplers import PlanScheduler, SearchedScheduler, SearchSettings, search_schedule, trajectory_fitness
-from fewstep.samplers.evolution import Fitness
+from fewstep.samplers.usf.evolution import Fitness
 
 from ..bench.digits import generate
 from ..generation.model import BUNDLED, Model

@@ -17,7 +17,10 @@ import torch
 from analytic import STABLE_DIFFUSION, sample
 from fewstep.metrics import GaussianMixture
 from fewstep.samplers import DPMSolverPPScheduler, SearchedScheduler, fine_trajectory
-from fewstep.samplers.evolution import (
+from fewstep.samplers.trajectory import Network
+from fewstep.samplers.usf.archive import SearchArchive
+from fewstep.samplers.usf.decisions import SolverSchedule
+from fewstep.samplers.usf.evolution import (
     Fitness,
     ScheduleSearch,
     SearchSettings,
@@ -25,12 +28,9 @@ from fewstep.samplers.evolution import (
     search_schedule,
     trajectory_fitness,
 )
-from fewstep.samplers.ranking import RankingSettings
-from fewstep.samplers.search_archive import SearchArchive
-from fewstep.samplers.trajectory import Network
-from fewstep.samplers.usf import SolverSchedule
-from fewstep.samplers.usf_known import KNOWN_SOLVERS, known_schedule
-from fewstep.samplers.usf_mutation import MutationSettings, SearchSpace
+from fewstep.samplers.usf.known import KNOWN_SOLVERS, known_schedule
+from fewstep.samplers.usf.mutation import MutationSettings, SearchSpace
+from fewstep.samplers.usf.ranking import RankingSettings
 
 RANKING = RankingSettings(
     time_embedding=(16, 8), order_embedding=4, decision_hidden=8, hidden=16, head=(16,), epochs=10

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fewstep.samplers import DPMSolverPPScheduler
-from fewstep.samplers.ranking import RankingPredictor, RankingSettings, ScheduleBatch
-from fewstep.samplers.usf import Derivative, SolverSchedule, SolverStep
-from fewstep.samplers.usf_mutation import Breeder, MutationSettings, SearchSpace
+from fewstep.samplers.usf.decisions import Derivative, SolverSchedule, SolverStep
+from fewstep.samplers.usf.mutation import Breeder, MutationSettings, SearchSpace
+from fewstep.samplers.usf.ranking import RankingPredictor, RankingSettings, ScheduleBatch
 
 SMALL = RankingSettings(
     time_embedding=(32, 16), order_embedding=4, decision_hidden=16, hidden=32, head=(32,), epochs=120, batch=64

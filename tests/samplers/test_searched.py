@@ -16,8 +16,8 @@ from fewstep.metrics import GaussianMixture
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers.scheduler import PlanScheduler
 from fewstep.samplers.searched import SearchedScheduler
-from fewstep.samplers.usf import Derivative, SolverSchedule, SolverStep, newest
-from fewstep.samplers.usf_known import known_schedule
+from fewstep.samplers.usf.decisions import Derivative, SolverSchedule, SolverStep, newest
+from fewstep.samplers.usf.known import known_schedule
 from pipelines.tiny import CASES, STEPS, missing, recorded
 
 MODELS = {"vp": STABLE_DIFFUSION, "flow": FLOW, "edm": EDM}

@@ -10,8 +10,8 @@ import pytest
 
 from analytic import EDM, FLOW, STABLE_DIFFUSION
 from fewstep.samplers import DPMSolverPPScheduler
-from fewstep.samplers.usf import Correction, Derivative, SolverSchedule, SolverStep, newest
-from fewstep.samplers.usf_known import known_schedule, released_schedule
+from fewstep.samplers.usf.decisions import Correction, Derivative, SolverSchedule, SolverStep, newest
+from fewstep.samplers.usf.known import known_schedule, released_schedule
 
 LEVELS = (10.0, 3.0, 1.0, 0.2, 0.0)
 STEPS = (

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from analytic import EDM, FLOW, STABLE_DIFFUSION, sample
 from fewstep.samplers import DPMSolverPPScheduler, SearchedScheduler
-from fewstep.samplers.usf import Derivative, SolverSchedule, SolverStep, newest
-from fewstep.samplers.usf_known import KNOWN_SOLVERS, known_schedule
-from fewstep.samplers.usf_mutation import Breeder, MutationSettings, SearchSpace, fitted
+from fewstep.samplers.usf.decisions import Derivative, SolverSchedule, SolverStep, newest
+from fewstep.samplers.usf.known import KNOWN_SOLVERS, known_schedule
+from fewstep.samplers.usf.mutation import Breeder, MutationSettings, SearchSpace, fitted
 
 MODELS = {"vp": STABLE_DIFFUSION, "flow": FLOW, "edm": EDM}
 NOTHING = MutationSettings(

@@ -16,9 +16,9 @@ from analytic import EDM, FLOW, MIXTURE, STABLE_DIFFUSION, ZERO_SNR, lambda_grid
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers.builder import PlanBuilder
 from fewstep.samplers.searched import SearchedScheduler
-from fewstep.samplers.usf import Correction, Derivative, SolverSchedule, SolverStep, newest
-from fewstep.samplers.usf_known import KNOWN_SOLVERS, known_schedule
-from fewstep.samplers.usf_plan import relaxation_factor, taylor_weights, write_schedule
+from fewstep.samplers.usf.decisions import Correction, Derivative, SolverSchedule, SolverStep, newest
+from fewstep.samplers.usf.known import KNOWN_SOLVERS, known_schedule
+from fewstep.samplers.usf.rows import relaxation_factor, taylor_weights, write_schedule
 from fewstep.samplers.weights import Node
 
 MODELS = {"vp": STABLE_DIFFUSION, "zero_snr": ZERO_SNR, "flow": FLOW, "edm": EDM}

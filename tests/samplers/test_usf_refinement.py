@@ -11,10 +11,10 @@ import torch
 
 from analytic import EDM, FLOW, STABLE_DIFFUSION, sample
 from fewstep.samplers import DPMSolverPPScheduler, SearchedScheduler
-from fewstep.samplers.usf import SolverSchedule, SolverStep
-from fewstep.samplers.usf_known import KNOWN_SOLVERS, known_schedule
-from fewstep.samplers.usf_mutation import SearchSpace
-from fewstep.samplers.usf_refinement import Handles, _CovarianceAdaptation, refine
+from fewstep.samplers.usf.decisions import SolverSchedule, SolverStep
+from fewstep.samplers.usf.known import KNOWN_SOLVERS, known_schedule
+from fewstep.samplers.usf.mutation import SearchSpace
+from fewstep.samplers.usf.refinement import Handles, _CovarianceAdaptation, refine
 
 MODELS = {"vp": STABLE_DIFFUSION, "flow": FLOW, "edm": EDM}
 

@@ -11,17 +11,17 @@ from random import Random
 import numpy as np
 import torch
 
-from .grid import Grid
-from .options import DEFAULTS
+from ..grid import Grid
+from ..options import DEFAULTS
+from ..scheduler import PlanScheduler
+from ..searched import SearchedScheduler
+from ..trajectory import Network, Trajectory, grid_of, network_output, run_of
+from .archive import Evaluation, SearchArchive, key_of
+from .decisions import SolverSchedule
+from .known import KNOWN_SOLVERS, known_schedule
+from .mutation import Breeder, MutationSettings, SearchSpace
 from .ranking import RankingPredictor, RankingSettings
-from .scheduler import PlanScheduler
-from .search_archive import Evaluation, SearchArchive, key_of
-from .searched import SearchedScheduler
-from .trajectory import Network, Trajectory, grid_of, network_output, run_of
-from .usf import SolverSchedule
-from .usf_known import KNOWN_SOLVERS, known_schedule
-from .usf_mutation import Breeder, MutationSettings, SearchSpace
-from .usf_refinement import refine
+from .refinement import refine
 
 Fitness = Callable[[SearchedScheduler], float]
 """What a search minimises: of a scheduler with its timesteps set, lower is better, positive. Infinity is allowed, and

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .schedule import Array
-from .usf import Derivative, SolverSchedule, SolverStep, newest
-from .usf_mutation import SearchSpace
-from .usf_plan import relaxation_factor
+from ..schedule import Array
+from .decisions import Derivative, SolverSchedule, SolverStep, newest
+from .mutation import SearchSpace
+from .rows import relaxation_factor
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, replace
 from random import Random
 
-from .schedule import NoiseSchedule
-from .usf import CLOSEST, MAX_ORDER, Correction, Derivative, SolverSchedule, SolverStep, newest
-from .usf_plan import relaxation_factor
-from .weights import Measure
+from ..schedule import NoiseSchedule
+from ..weights import Measure
+from .decisions import CLOSEST, MAX_ORDER, Correction, Derivative, SolverSchedule, SolverStep, newest
+from .rows import relaxation_factor
 
 _ATTEMPTS = 100
 

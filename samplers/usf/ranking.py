@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .usf import MAX_ORDER, RELAXATIONS, SolverSchedule, SolverStep
+from .decisions import MAX_ORDER, RELAXATIONS, SolverSchedule, SolverStep
 
 _WIDEST = 10.0
 _MEASURES = ("data", "noise")

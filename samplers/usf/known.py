@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from .dpm_solver import singlestep_orders
-from .grid import Grid
-from .json_fields import integer, numbers
-from .multistep import final_order
-from .schedule import NoiseSchedule
-from .usf import Correction, Derivative, SolverSchedule, SolverStep, newest
-from .weights import Measure
+from ..dpm_solver import singlestep_orders
+from ..grid import Grid
+from ..json_fields import integer, numbers
+from ..multistep import final_order
+from ..schedule import NoiseSchedule
+from ..weights import Measure
+from .decisions import Correction, Derivative, SolverSchedule, SolverStep, newest
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .builder import PlanBuilder, Value
-from .plan import SAMPLE, Plan, Row
-from .schedule import Array
-from .usf import Derivative, SolverSchedule, SolverStep
-from .weights import Measure, Node, Weights, close, lambda_weights, phi
+from ..builder import PlanBuilder, Value
+from ..plan import SAMPLE, Plan, Row
+from ..schedule import Array
+from ..weights import Measure, Node, Weights, close, lambda_weights, phi
+from .decisions import Derivative, SolverSchedule, SolverStep
 
 Terms = list[tuple[Value, float]]
 

@@ -67,8 +67,8 @@ class Denoiser(ABC):
         Raises:
             ValueError: an input that the pipeline does not take, lacks or refuses, or a pipeline without scheduler.
         """
-        from .denoiser_branched import BranchedDenoiser
-        from .denoiser_driven import DrivenDenoiser
+        from .branched import BranchedDenoiser
+        from .driven import DrivenDenoiser
 
         chosen = BranchedDenoiser if BranchedDenoiser.takes(pipeline, inputs) else DrivenDenoiser
         return chosen(pipeline, num_images_per_prompt=num_images_per_prompt, **inputs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .usf import SolverSchedule
+from .decisions import SolverSchedule
 
 _FORMAT, _VERSION = "fewstep.usf_archive", 1
 

@@ -2,7 +2,7 @@
 
 Every step chooses its target time, data or noise prediction, the node it starts from, the order of its Taylor
 expansion, the nodes that estimate each derivative, a relaxation of the first derivative, and a corrector.
-``usf_plan.py`` writes such a schedule as rows, ``usf_known.py`` has the known solvers as points of the space, and
+``rows.py`` writes such a schedule as rows, ``known.py`` has the known solvers as points of the space, and
 ``evolution.py`` searches it.
 """
 
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .grid import Grid
-from .json_fields import fields_of, integer, numbers
-from .schedule import NoiseSchedule
-from .weights import Measure
+from ..grid import Grid
+from ..json_fields import fields_of, integer, numbers
+from ..schedule import NoiseSchedule
+from ..weights import Measure
 
 RELAXATIONS = ("none", "dpmsolver-2", "unipc-bh1", "unipc-bh2", "0.5exp", "-0.5exp", "linear")
 """Factors ``1 + O(h)`` on the first derivative; ``linear`` is ``1 + coefficient * h``."""

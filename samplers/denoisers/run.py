@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .denoiser_call import SchedulerStandIn
+from .call import SchedulerStandIn
 
 _Times = Callable[[torch.Tensor], Iterator[torch.Tensor]]
 

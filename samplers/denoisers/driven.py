@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from .call import Generators, PipelineCall, check_inputs, private_generator
 from .denoiser import Denoiser, Start, check_samples, time_label
-from .denoiser_call import Generators, PipelineCall, check_inputs, private_generator
-from .denoiser_run import Evaluated, PipelineRun
+from .run import Evaluated, PipelineRun
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -278,6 +278,6 @@ def private_generator() -> torch.Generator:
 
 
 def _stitched(pipeline: Any) -> list[Any]:
-    from .stitch import StitchedDenoiser
+    from ..stitch import StitchedDenoiser
 
     return [part.config for part in pipeline.components.values() if isinstance(part, StitchedDenoiser)]

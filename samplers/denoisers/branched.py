@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from .denoiser import Branches, Denoiser, Start, check_samples, time_label
-from .denoiser_call import (
+from .call import (
     BlankNetwork,
     Generators,
     OneTimestep,
@@ -18,7 +17,8 @@ from .denoiser_call import (
     check_inputs,
     private_generator,
 )
-from .denoiser_families import FAMILIES, ROWS, Branch, ask_for, conditions_of, joined, map_rows, owner_of_call
+from .denoiser import Branches, Denoiser, Start, check_samples, time_label
+from .families import FAMILIES, ROWS, Branch, ask_for, conditions_of, joined, map_rows, owner_of_call
 
 
 class BranchedDenoiser(Denoiser):

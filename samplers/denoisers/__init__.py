@@ -1,0 +1,1 @@
+"""The model of a diffusers pipeline as a function of sample and time."""
