@@ -165,4 +165,9 @@ def _scheduler(name: str, model: Model, options: tuple[str, ...], steps: int) ->
 
 
 def _curves(history: list[dict[str, Any]]) -> dict[str, list[float]]:
-    return {name: [step[key] for step in history] for name, key in (("seen", "error"), ("validation", "validation"))}
+    """Seen and validation error from every start."""
+    return {
+        f"{name}, start {reach:g}": [step[key] for step in history if step["reach"] == reach]
+        for reach in dict.fromkeys(step["reach"] for step in history)
+        for name, key in (("seen", "error"), ("validation", "validation"))
+    }

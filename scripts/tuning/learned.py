@@ -36,11 +36,11 @@ def fit_table(
     Returns:
         the scheduler, and what the report says of the fit.
     """
-    with tqdm(total=iterations, desc="fit", unit="iteration") as bar:
+    with tqdm(desc="fit", unit="iteration") as bar:
 
         def show(step: FitStep) -> None:
-            bar.update(step.iteration - bar.n)
-            bar.set_postfix(error=f"{step.error:.4f}", validation=f"{step.validation:.4f}")
+            bar.update()
+            bar.set_postfix(start=step.reach, error=f"{step.error:.4f}", validation=f"{step.validation:.4f}")
 
         found = fit_plan(
             start,
