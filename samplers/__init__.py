@@ -14,6 +14,7 @@ from .denoisers.denoiser import Denoiser
 from .dpm_solver import DPMSolverPPScheduler
 from .fitting import FitStep, PlanFit, Problem, fit_plan, problem_of
 from .ghvb import GHVBScheduler
+from .guided import Guidance, GuidedRun, GuidedStep
 from .heavy_ball import HeavyBallScheduler
 from .learned import LearnedScheduler, LearnedTable
 from .loop import sample
@@ -62,6 +63,9 @@ __all__ = [
     "FitStep",
     "FlowSchedule",
     "GHVBScheduler",
+    "Guidance",
+    "GuidedRun",
+    "GuidedStep",
     "HeavyBallScheduler",
     "LearnedScheduler",
     "LearnedTable",

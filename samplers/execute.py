@@ -109,6 +109,10 @@ class PlanRun:
     Args:
         plan: what to execute.
         thresholding: applied to the predicted clean sample.
+
+    Attributes:
+        plan: what is executed.
+        position: number of the next call.
     """
 
     def __init__(self, plan: Plan, thresholding: Thresholding | None = None) -> None:
@@ -123,6 +127,7 @@ class PlanRun:
         self._factors = {factor for step in self._steps for factor in step.factors()}
         self._bind(torch.float32)
         self._thresholding = thresholding
+        self.plan = plan
         self._values: list[torch.Tensor | None] = [None] * len(numbers)
         self._state: torch.Tensor | None = None
         self._before: tuple[list[torch.Tensor | None], torch.Tensor | None] = (self._values, None)
@@ -166,7 +171,7 @@ class PlanRun:
         step = self._steps[self.position]
         values: list[Any] = self._values
         self._before = (values.copy(), self._state)
-        x = sample if sample.dtype is self._dtype else self._widened(sample)
+        x = sample if sample.dtype is self._dtype else self.widened(sample)
         predicted: torch.Tensor | None = None
         if self._thresholding is None:
             m = self._affine(step.prediction, x, model_output)
@@ -201,6 +206,16 @@ class PlanRun:
         self._state = following
         return following.to(sample.dtype), None if predicted is None else predicted.to(sample.dtype)
 
+    def predicted(self, sample: torch.Tensor, model_output: torch.Tensor) -> torch.Tensor:
+        """The clean sample that the next call's output means, clipped where this is configured.
+
+        Args:
+            sample: what the network saw, ``(batch, ...)``.
+            model_output: of the same shape.
+        """
+        clean = self._affine(self._steps[self.position].clean, self.widened(sample), model_output)
+        return clean if self._thresholding is None else self._thresholding(clean)
+
     def _clean(self, step: _Step, x: torch.Tensor, model_output: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         if not step.is_data:
             return self._affine(step.clean, x, model_output)
@@ -216,7 +231,7 @@ class PlanRun:
             scalars = torch.tensor([*self._factors], dtype=dtype, device="cpu").unbind()
         self._scalars = dict(zip(self._factors, scalars, strict=True))
 
-    def _widened(self, sample: torch.Tensor) -> torch.Tensor:
+    def widened(self, sample: torch.Tensor) -> torch.Tensor:
         """The sample in the dtype of accumulation, unrounded where the last step knows it."""
         dtype = accumulation_dtype(sample.dtype)
         if dtype is not self._dtype:

@@ -19,6 +19,7 @@ from .builder import PlanBuilder
 from .execute import PlanRun, Thresholding, accumulation_dtype
 from .foreign import options_from
 from .grid import Grid, make_grid
+from .guided import Guidance, GuidedRun, GuidedStep
 from .noise import NoiseStreams, draw_from
 from .options import check_options
 from .plan import Plan
@@ -109,10 +110,14 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     @staticmethod
     def _saved_class(config: Mapping[str, Any] | None) -> type[PlanScheduler]:
         name = (config or {}).get("_class_name")
-        found = getattr(sys.modules[__package__], str(name), None)
-        if not (isinstance(found, type) and issubclass(found, PlanScheduler)) or found is PlanScheduler:
+        known: list[type[PlanScheduler]] = [PlanScheduler]
+        for cls in known:
+            known += cls.__subclasses__()
+        found = next((cls for cls in known[1:] if cls.__name__ == name), None)
+        if found is None:
             raise ValueError(
-                f"config is that of {name!r}, which is no scheduler of fewstep; choose one and use its from_config"
+                f"config is that of {name!r}, which is no scheduler of fewstep that was imported; use a class's own "
+                "from_config"
             )
         return found
 
@@ -138,6 +143,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._plan_config: Any = None
         self._run: PlanRun | None = None
         self._streams: NoiseStreams | None = None
+        self._guidance: Guidance | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
         self._run_start = 0
@@ -267,12 +273,61 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         noise = None
         if run.is_stochastic:
             noise = self._noise(sample, generator, variance_noise)
-        following, clean = run.step(sample, model_output, noise, clean=return_dict)
+        if self._guidance is None:
+            following, clean = run.step(sample, model_output, noise, clean=return_dict)
+        else:
+            following, clean = self._guided(self._guidance, run, sample, model_output, noise, clean=return_dict)
         self._step_index += 1
         if not return_dict:
             return (following,)
         assert clean is not None
         return PlanSchedulerOutput(prev_sample=following, pred_original_sample=clean)
+
+    def _guided(
+        self,
+        guidance: Guidance,
+        run: PlanRun,
+        sample: torch.Tensor,
+        model_output: torch.Tensor,
+        noise: torch.Tensor | None,
+        *,
+        clean: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``run.step`` with guidance in it."""
+        if run.position == 0:
+            guidance.start(GuidedRun(run.plan, sample))
+        step = GuidedStep(run, sample, model_output, noise)
+        guidance.act(step)
+        following, predicted = step.apply(clean=clean)
+        ancestors = guidance.finish(following) if run.is_over else None
+        if ancestors is not None:
+            following = following.index_select(0, ancestors)
+            predicted = None if predicted is None else predicted.index_select(0, ancestors)
+        return following, predicted
+
+    def guide(self, guidance: Guidance | None) -> PlanScheduler:
+        """Gives the runs of this scheduler guidance: rewards, particles, corrections; ``None`` takes it away.
+
+        It is no part of the config: another scheduler made from this one's config has none.
+
+        Args:
+            guidance: one of ``fewstep.guidance``, or of one's own.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: no guidance, or a sampler whose samples are not what the network and rewards see.
+        """
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise ValueError(f"guidance {guidance!r} is no Guidance; make one of the classes of fewstep.guidance")
+        if guidance is not None and "theta_schedule" in self.config:
+            raise ValueError(
+                f"guidance cannot act in {type(self).__name__}, which steps residuals in the place of images; rank its "
+                "results by the reward instead"
+            )
+        self._guidance = guidance
+        return self
 
     def _current_run(self) -> PlanRun:
         """The run that stands at ``step_index``: the one under way, taken back by one step, or a new one."""
@@ -284,6 +339,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if self._run is not None:
             position = self._run_start + self._run.position
             if index == position - 1:
+                if self._guidance is not None:
+                    raise ValueError(
+                        f"step {index} was taken back, which its guidance cannot follow; guide(None) first, or begin "
+                        "anew with set_timesteps"
+                    )
                 self._run.undo()
                 return self._run
             if index == position:

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-_UNIFORM = ("trailing", "linspace")
+_UNIFORM = ("trailing", "linspace", "leading")
 _RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 _SOLVERS: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("DDIMScheduler", {"clip_sample": False}),

@@ -158,7 +158,7 @@ class Comparison:
     def __init__(self, subject: Subject, guidance_scale: float, size: Size, folder: Path) -> None:
         self.subject, self.guidance_scale, self.size, self.folder = subject, guidance_scale, size, folder
         start = self._build("ddim", 3)
-        self._choose = self._batches(start, range(_CHOOSE, _CHOOSE + 50))
+        self._choose = self._batches(start, range(_CHOOSE, _CHOOSE + 20))
         self._held_out = self._batches(start, range(_HELD_OUT, _HELD_OUT + size.held_out))
         self._images = subject.inputs(range(_IMAGES, _IMAGES + size.images))
         exact = [subject.features(batch.truth.samples[-1]) for batch in self._held_out]
