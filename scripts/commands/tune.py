@@ -91,6 +91,11 @@ def tune(
         if method == "dc":
             raise ValueError(f"--plot {picture}: the search of ratios goes step by step, without a curve; leave it out")
     seen_count = noises or NOISES[method]
+    own: dict[str, dict[str, Any]] = {
+        "dc": {"refinement": refinement},
+        "s3": {"fitness": fitness, "images": images, "rounds": rounds, "polish": polish},
+        "learned": {"free": _names(free), "iterations": iterations},
+    }
     settings: dict[str, Any] = {
         "model": resolve_name(model),
         "method": method,
@@ -101,11 +106,7 @@ def tune(
         "noises": seen_count,
         "held_out": held_out,
         "seed": seed,
-        **{
-            "dc": {"refinement": refinement},
-            "s3": {"fitness": fitness, "images": images, "rounds": rounds, "polish": polish},
-            "learned": {"free": _names(free), "iterations": iterations},
-        }[method],
+        **own[method],
     }
     check_writable(output)
     loaded = load_model(settings["model"], "float32", resolve_device(device))
