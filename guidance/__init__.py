@@ -6,6 +6,17 @@ from .corrector import FeynmanKacCorrector, GuidanceBranches
 from .feynman_kac import FeynmanKacSteering
 from .learned_value import LearnedValue, TransitionRecorder, Transitions, ValueNetwork, fit_value
 from .masked import MaskedSampler, MaskedSVDD, sample_categorical
+from .minority import MinorityGuidance, NoisyClassifier, SelfMinorityGuidance
+from .minority_classifier import MinorityClassifier
+from .minority_scores import (
+    MinorityClasses,
+    absolute_distance,
+    feature_distance,
+    minority_scores,
+    squared_distance,
+)
+from .noise_search import NoiseSearch, RandomSearch, SearchResult, SearchRound, ZeroOrderSearch
+from .path_search import PathSearch
 from .populations import SCHEMES, Population, effective_sample_size, resample
 from .potentials import Potential, RewardTilt
 from .rewards import (
@@ -19,10 +30,13 @@ from .rewards import (
 )
 from .scheduler import FeynmanKacScheduler, finite_variance_churn
 from .svdd import SVDD, PosteriorMeanValue
+from .tree_sampling import DiffusionTreeSampling, DiffusionTreeSearch
 
 __all__ = [
     "SCHEMES",
     "SVDD",
+    "DiffusionTreeSampling",
+    "DiffusionTreeSearch",
     "FeynmanKacCorrector",
     "FeynmanKacScheduler",
     "FeynmanKacSteering",
@@ -33,23 +47,38 @@ __all__ = [
     "LearnedValue",
     "MaskedSVDD",
     "MaskedSampler",
+    "MinorityClasses",
+    "MinorityClassifier",
+    "MinorityGuidance",
+    "NoiseSearch",
+    "NoisyClassifier",
+    "PathSearch",
     "Population",
     "PosteriorMeanValue",
     "Potential",
+    "RandomSearch",
     "Reward",
     "RewardTilt",
+    "SearchResult",
+    "SearchRound",
+    "SelfMinorityGuidance",
     "TransitionRecorder",
     "Transitions",
     "ValueNetwork",
+    "ZeroOrderSearch",
+    "absolute_distance",
     "brightness",
     "class_log_probability",
     "clip_score",
     "compressibility",
     "decoder_of",
     "effective_sample_size",
+    "feature_distance",
     "finite_variance_churn",
     "fit_value",
     "metric_reward",
+    "minority_scores",
     "resample",
     "sample_categorical",
+    "squared_distance",
 ]

@@ -20,6 +20,7 @@ from .learned import LearnedScheduler, LearnedTable
 from .loop import sample
 from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
+from .per_sample import DenoisingChain
 from .plan import Call, Plan, Row
 from .pndm import FPNDMScheduler
 from .registry import SAMPLERS, Sampler, register
@@ -54,6 +55,7 @@ __all__ = [
     "DEISScheduler",
     "DPMSolverPPScheduler",
     "Denoiser",
+    "DenoisingChain",
     "Derivative",
     "DiscreteVPSchedule",
     "DrivenDenoiser",

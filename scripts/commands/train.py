@@ -15,11 +15,15 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 
+from fewstep.metrics import DigitsClassifier
+
 from ..files import write_json
+from ..generation.model import load_model
 from ..training.autoencoder import fingerprint, reconstruction_error, train_autoencoder
 from ..training.classifier import accuracy, reference_statistics, train_classifier
 from ..training.data import LabelledImages, load_images
 from ..training.diffusion import NULL_LABEL, train_diffusion
+from ..training.minority import train_minority
 from ..training.restoration import train_restoration
 
 
@@ -37,6 +41,7 @@ RECIPES = {
     "digits-large": Recipe(8000, 128),
     "digits-classifier": Recipe(5000, 128),
     "digits-restore": Recipe(3000, 64),
+    "digits-minority": Recipe(4000, 128),
 }
 
 
@@ -74,7 +79,8 @@ def train(
     DATA is an .npz file with x_train, y_train, x_test, y_test (uint8), or a folder <split>/<class>/<image>.
     Images become 32 x 32. digits-small and digits-large give a diffusers DiTPipeline and want an
     autoencoder that was trained before; digits-classifier gives a classifier and the reference statistics
-    of its features; digits-restore gives a RestorationPipeline that undoes blur and noise, drawn anew in every step.
+    of its features; digits-restore gives a RestorationPipeline that undoes blur and noise, drawn anew in every step;
+    digits-minority gives the classifier of rare digits in the noise of the bundled digits-small and digits-large.
 
     A training that was stopped goes on from its last checkpoint when the same command is given again, and
     ends with the same weights, bit for bit on the same machine and number of threads.
@@ -139,10 +145,26 @@ def train(
         )
         restorer.save_pretrained(output)
         extra = {}
+    elif recipe == "digits-minority":
+        if images.images.shape[1] != 1 or len(images.names) > 10:
+            raise ValueError(f"--data {data}: digits-minority takes grey images of at most 10 classes, MNIST's")
+        test = _test_images(data, images)
+        _begin(work, settings)
+        model = load_model("digits-small", "float32", "cpu").pipeline
+        minority, record, extra = train_minority(
+            images,
+            test,
+            model,
+            DigitsClassifier.bundled(),
+            work,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            save_every=save_every,
+        )
+        minority.save_pretrained(output)
     else:
-        splits = {"train": images, "test": load_images(data, split="test")}
-        if splits["test"].images.shape[1] != images.images.shape[1]:
-            raise ValueError(f"--data {data}: its train and test images differ in the number of colour channels")
+        splits = {"train": images, "test": _test_images(data, images)}
         _begin(work, settings)
         classifier, record = train_classifier(
             images, work, steps=steps, batch_size=batch_size, seed=seed, save_every=save_every
@@ -163,6 +185,14 @@ def train(
     shutil.rmtree(work)
     told = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in extra.items())
     click.echo(f"{recipe}: {steps} steps, loss {record['loss']:.4g}{told}; written to {output}")
+
+
+def _test_images(data: Path, images: LabelledImages) -> LabelledImages:
+    """The test images beside those of training."""
+    test = load_images(data, split="test")
+    if test.images.shape[1] != images.images.shape[1]:
+        raise ValueError(f"--data {data}: its train and test images differ in the number of colour channels")
+    return test
 
 
 def _load_autoencoder(path: Path, images: LabelledImages) -> AutoencoderKL:

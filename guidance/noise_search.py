@@ -1,0 +1,390 @@
+"""Search over noises: more network calls for a better sample, judged by a verifier (arXiv 2501.09732)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fewstep.samplers import Denoiser, sample
+from fewstep.samplers.noise import NoiseStreams
+
+from .populations import check_particles, groups_of
+from .rewards import Reward, RewardFunction
+
+_FORMAT = "fewstep.noise_search"
+
+
+@dataclass(frozen=True)
+class SearchRound:
+    """A round of a search.
+
+    Attributes:
+        evaluations: of the network, up to its end, a sample of a batch each; all groups together.
+        values: of its candidates, ``(groups, candidates)``, on the CPU.
+    """
+
+    evaluations: int
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The best that a search has found.
+
+    Attributes:
+        noise: that the best samples began with, ``(groups, *shape)``: the ``latents`` of a pipeline's call. After a
+            search over paths, and with samplers that draw noise of their own, it does not give them again by itself.
+        samples: the best ones, ``(groups, *shape)``, for ``Denoiser.decode``.
+        values: their rewards, ``(groups,)``.
+        history: the rounds so far.
+    """
+
+    noise: torch.Tensor
+    samples: torch.Tensor
+    values: torch.Tensor
+    history: tuple[SearchRound, ...]
+
+    @property
+    def evaluations(self) -> int:
+        """Of the network, so far."""
+        return self.history[-1].evaluations
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a round has made: ``(groups, candidates, ...)`` noises, samples and their rewards."""
+
+    noise: torch.Tensor
+    samples: torch.Tensor
+    values: torch.Tensor
+
+
+class NoiseSearch(ABC):
+    """Base of the searches: rounds over the batch of a denoiser, whose neighbours are the candidates of a prompt.
+
+    A search is anytime: ``run`` may be called again and goes on, in another process after ``save`` and ``load`` too,
+    with the results of one long run. All draws follow from the seed.
+
+    Args:
+        denoiser: of a pipeline with its prompts, made with ``num_images_per_prompt=candidates``.
+        scheduler: of the runs, such as ``UniPCScheduler.from_config(denoiser.scheduler_config)``.
+        num_inference_steps: steps of a run; a search may well take fewer than the run that its noise is for.
+        reward: the verifier, of what the scheduler steps; a ``Reward`` to decode it first. What is reported should be
+            another measure than what was searched for.
+        candidates: of each prompt in a round.
+        seed: of prompt 0; prompt ``k`` has ``seed + k``.
+
+    Raises:
+        ValueError: impossible options.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scheduler: Any,
+        num_inference_steps: int,
+        reward: Reward | RewardFunction,
+        *,
+        candidates: int,
+        seed: int = 0,
+    ) -> None:
+        check_particles("candidates", candidates)
+        self.groups = groups_of(denoiser.batch_size, candidates)
+        self.denoiser, self.scheduler, self.steps = denoiser, scheduler, num_inference_steps
+        self.reward, self.candidates, self.seed = Reward.of(reward), candidates, seed
+        self._streams = NoiseStreams([seed + group for group in range(self.groups)])
+        self._history: list[SearchRound] = []
+        self._best: dict[str, torch.Tensor] = {}
+
+    # ---------------------------------------------------------------- what a search is
+
+    @property
+    @abstractmethod
+    def cost(self) -> int:
+        """Evaluations of the network in a round, a sample of a batch each; all groups together."""
+
+    @abstractmethod
+    def _round(self, number: int) -> Candidates:
+        """Makes and judges the candidates of a round."""
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be equal for a saved search to go on."""
+        return {
+            "class": type(self).__name__,
+            "groups": self.groups,
+            "candidates": self.candidates,
+            "steps": self.steps,
+            "seed": self.seed,
+            "shape": list(self.denoiser.shape),
+        }
+
+    # ---------------------------------------------------------------- running
+
+    def run(self, evaluations: int) -> SearchResult:
+        """Searches until another round would exceed a budget.
+
+        Args:
+            evaluations: of the network that may be spent now, a sample of a batch each, all groups together: as
+                ``denoiser.evaluations`` counts them. Both branches of guidance are one. A ``DrivenDenoiser`` that also
+            decodes for the reward starts its pipeline once more in its first round, which takes a call more.
+
+        Raises:
+            ValueError: the first round exceeds the budget, or the reward is wrong.
+        """
+        cost = self.cost
+        if cost > evaluations and not self._history:
+            raise ValueError(
+                f"evaluations {evaluations} are too few for a round, which takes {cost}: {self.groups} x "
+                f"{self.candidates} samples; give more, or fewer candidates or steps"
+            )
+        spent = 0
+        while spent + cost <= evaluations:
+            before = self.denoiser.evaluations
+            found = self._round(len(self._history))
+            used = self.denoiser.evaluations - before
+            spent += used
+            total = self._history[-1].evaluations if self._history else 0
+            self._take(found)
+            self._history.append(SearchRound(total + used, found.values.cpu()))
+        return self.result
+
+    @property
+    def result(self) -> SearchResult:
+        """What was found so far.
+
+        Raises:
+            ValueError: nothing was searched yet.
+        """
+        if not self._history:
+            raise ValueError("nothing was searched yet; call run")
+        best = self._best
+        return SearchResult(best["noise"], best["samples"], best["values"], tuple(self._history))
+
+    def _take(self, found: Candidates) -> None:
+        """Keeps the best of each group."""
+        chosen = self._ranked(found.values, len(self._history), 0)[:, :1]
+        new = {name: gathered(getattr(found, name), chosen).squeeze(1) for name in _KEPT}
+        if self._best:
+            better = new["values"] > self._best["values"].to(new["values"].device)
+            for name, value in new.items():
+                kept = self._best[name].to(value.device)
+                new[name] = torch.where(better.to(value.device).view(-1, *[1] * (value.ndim - 1)), value, kept)
+        self._best = new
+
+    def _ranked(self, values: torch.Tensor, number: int, stage: int) -> torch.Tensor:
+        """Numbers of the candidates from best to worst, ``(groups, candidates)``; equals in random order.
+
+        Verifiers in half precision have many equals, and the first of them must not be favoured.
+        """
+        shape = torch.Size([self.groups, self.candidates])
+        keys = self._streams.draw(_key(number, _TIES + stage, 0), shape, values.device, torch.float64)
+        mixed = keys.argsort(1)
+        return mixed.gather(1, values.gather(1, mixed).argsort(dim=1, descending=True, stable=True))
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self, path: str | Path) -> None:
+        """Writes what was found into one ``.safetensors`` file.
+
+        Raises:
+            ValueError: nothing was searched yet.
+        """
+        path, history = Path(path), self.result.history
+        tensors = {f"best.{name}": value.detach().cpu().contiguous() for name, value in self._best.items()}
+        tensors["history"] = torch.stack([one.values for one in history])
+        record = {
+            "format": _FORMAT,
+            "settings": self._settings(),
+            "evaluations": [one.evaluations for one in history],
+        }
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, partial, metadata={"record": json.dumps(record)})
+        os.replace(partial, path)
+
+    def load(self, path: str | Path) -> NoiseSearch:
+        """Goes on from a file of ``save``; returns itself.
+
+        Raises:
+            ValueError: no such file, or one of a search with other settings.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})["record"])
+                tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"path {path} holds no saved search: {error}") from error
+        if record.get("format") != _FORMAT:
+            raise ValueError(f"path {path} holds no saved search; give a file written by save")
+        settings = self._settings()
+        different = [name for name in settings if record["settings"].get(name) != settings[name]]
+        if different:
+            raise ValueError(f"path {path} holds a search with other settings: {', '.join(different)}")
+        self._best = {name: tensors[f"best.{name}"] for name in _KEPT}
+        self._history = [
+            SearchRound(spent, values) for spent, values in zip(record["evaluations"], tensors["history"], strict=True)
+        ]
+        return self
+
+    # ---------------------------------------------------------------- parts of a round
+
+    def _normal(self, number: int, stage: int) -> torch.Tensor:
+        """Standard normal, ``(groups, candidates, *shape)``, float32: of the seed, group, round and stage alone."""
+        shape = torch.Size([self.groups, *self.denoiser.shape])
+        draws = [
+            self._streams.draw(_key(number, stage, k), shape, torch.device("cpu"), torch.float32)
+            for k in range(self.candidates)
+        ]
+        return torch.stack(draws, dim=1)
+
+    def _generators(self, number: int) -> list[torch.Generator]:
+        """For the noise that samplers draw themselves, one a candidate."""
+        return [
+            torch.Generator().manual_seed(_seed(self.seed + group, number, k))
+            for group in range(self.groups)
+            for k in range(self.candidates)
+        ]
+
+    def _sampled(self, noise: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """Samples ``(groups, candidates, ...)`` from noises of that shape."""
+        samples = sample(self.denoiser, self.scheduler, self.steps, generator=generators, latents=noise.flatten(0, 1))
+        return self._grouped(samples)
+
+    def _judged(self, samples: torch.Tensor, where: str) -> torch.Tensor:
+        """Rewards ``(groups, candidates)`` of samples ``(groups, candidates, ...)``."""
+        return self._grouped(self.reward(samples.flatten(0, 1), where))
+
+    def _grouped(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch.unflatten(0, (self.groups, self.candidates))
+
+    def _calls(self) -> int:
+        """Network calls of a whole run."""
+        scheduler = copy.deepcopy(self.scheduler)
+        # Pipelines choose mu by the size of the image; the number of calls does not depend on it.
+        scheduler.set_timesteps(self.steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
+        return len(scheduler.timesteps)
+
+
+class RandomSearch(NoiseSearch):
+    """The best of many independent noises: best-of-N, the baseline of every comparison.
+
+    Arguments as of ``NoiseSearch``. Samplers that draw noise of their own are welcome.
+    """
+
+    @property
+    def cost(self) -> int:
+        return self._calls() * self.groups * self.candidates
+
+    def _round(self, number: int) -> Candidates:
+        noise = self._normal(number, 0)
+        samples = self._sampled(noise, self._generators(number))
+        return Candidates(noise, samples, self._judged(samples, f"round {number + 1}"))
+
+
+class ZeroOrderSearch(NoiseSearch):
+    """Climbs from noise to better noise nearby (arXiv 2501.09732, section 3.1).
+
+    The first round draws noises at random; each later one looks at neighbours of the best so far. The sampler must
+    draw no noise of its own, or a noise does not tell its sample.
+
+    Args:
+        denoiser: as of ``NoiseSearch``, like the other arguments.
+        scheduler: a deterministic one.
+        num_inference_steps: steps of a run.
+        reward: the verifier.
+        candidates: of each prompt in a round.
+        seed: of prompt 0.
+        similarity: cosine of the angle between a noise and its neighbours, 0.95 in public code. The paper gives no law
+            of neighbours; these have the pivot's norm and a random direction around it, so that a neighbour of
+            standard normal noise is standard normal.
+
+    Raises:
+        ValueError: impossible options; in ``run``, a sampler that draws noise.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scheduler: Any,
+        num_inference_steps: int,
+        reward: Reward | RewardFunction,
+        *,
+        candidates: int,
+        seed: int = 0,
+        similarity: float = 0.95,
+    ) -> None:
+        if not -1.0 < similarity < 1.0:
+            raise ValueError(f"similarity {similarity} must lie between -1 and 1; 0.95 is usual, larger stays nearer")
+        super().__init__(denoiser, scheduler, num_inference_steps, reward, candidates=candidates, seed=seed)
+        self.similarity = similarity
+
+    @property
+    def cost(self) -> int:
+        return self._calls() * self.groups * self.candidates
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "similarity": self.similarity}
+
+    def _round(self, number: int) -> Candidates:
+        noise = self._normal(number, 0)
+        if number:
+            noise = neighbours(self._best["noise"].cpu(), noise, self.similarity)
+        generators = self._generators(number)
+        before = [generator.get_state() for generator in generators]
+        samples = self._sampled(noise, generators)
+        if not all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} draws noise of its own, so that neighbours of a noise have nothing "
+                "in common; use a deterministic sampler, or RandomSearch"
+            )
+        return Candidates(noise, samples, self._judged(samples, f"round {number + 1}"))
+
+
+def neighbours(pivot: torch.Tensor, directions: torch.Tensor, similarity: float) -> torch.Tensor:
+    """Noises of the pivot's norm at a given angle from it.
+
+    Args:
+        pivot: ``(groups, ...)``.
+        directions: standard normal, ``(groups, count, ...)``.
+        similarity: cosine of the angle.
+
+    Returns:
+        shaped and typed like ``directions``; standard normal where the pivot is.
+    """
+    centre, around = pivot.flatten(1).double()[:, None], directions.flatten(2).double()
+    norm = centre.norm(dim=2, keepdim=True)
+    axis = centre / norm
+    across = around - (around * axis).sum(2, keepdim=True) * axis
+    across = across / across.norm(dim=2, keepdim=True)
+    found = norm * (similarity * axis + math.sqrt(1.0 - similarity**2) * across)
+    return found.view(directions.shape).to(directions.dtype)
+
+
+_KEPT = ("noise", "samples", "values")
+_TIES = 1 << 19
+
+
+def _key(number: int, stage: int, candidate: int) -> int:
+    """Which of a search's draws this is."""
+    return (number << 40) | (stage << 20) | candidate
+
+
+def _seed(seed: int, number: int, candidate: int) -> int:
+    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(number, candidate, 2)).generate_state(1, np.uint64)
+    return int(entropy[0] >> 1)
+
+
+def gathered(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """``(groups, count, ...)`` of ``(groups, candidates, ...)`` by numbers ``(groups, count)``."""
+    index = chosen.to(values.device).view(*chosen.shape, *[1] * (values.ndim - 2))
+    return values.gather(1, index.expand(*chosen.shape, *values.shape[2:]))
