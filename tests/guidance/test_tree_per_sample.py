@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import diffusers
@@ -12,6 +13,7 @@ from analytic import EDM, FLOW, MIXTURE, STABLE_DIFFUSION, ZERO_SNR, network_of
 from fewstep.guidance import FeynmanKacSteering, RewardTilt
 from fewstep.samplers import SAMPLERS, Denoiser, DrivenDenoiser, PlanScheduler
 from fewstep.samplers.per_sample import DenoisingChain
+from pipelines.networks import text_unet
 from pipelines.tiny import CASES
 
 STEPS = 6
@@ -103,7 +105,8 @@ def test_denoisers_of_pipelines(case: str) -> None:
 
 
 def test_half_precision_is_kept_wide_between_the_steps() -> None:
-    pipe = CASES["sd"].build().to(torch.bfloat16)
+    pipe = CASES["sd"].build(unet=copy.deepcopy(text_unet()).to(torch.bfloat16))
+    pipe.vae = copy.deepcopy(pipe.vae).to(torch.bfloat16)
     inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in CASES["sd"].inputs().items()}
     denoiser = Denoiser.from_pipeline(pipe, **inputs)
     chain = DenoisingChain(denoiser, SAMPLERS["sde-dpm++1"].build(denoiser.scheduler_config), 4)

@@ -272,7 +272,7 @@ def test_record_repeats_the_run(text_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_goes_on(class_model: Path, tmp_path: Path, stop: signal.Signals) -> None:
-    common = ["generate", "--model", str(class_model), "--number", "16", "--steps", "80", "--output"]
+    common = ["generate", "--model", str(class_model), "--number", "16", "--steps", "160", "--output"]
     out = tmp_path / "stopped"
     program = "from fewstep.scripts.cli import main; main()"
     process = subprocess.Popen(
