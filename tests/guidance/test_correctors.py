@@ -371,6 +371,8 @@ def test_unguided_classes_are_no_branches() -> None:
     CASES["dit"].call(pipe, class_labels=[1, 1], guidance_scale=2.0)
     first, second = pipe.scheduler.population.log_evidence.tolist()
     assert first == second != 0.0
+    pipe.scheduler.correct_guidance(None)
+    assert not pipe.transformer._forward_hooks
 
 
 def test_starting_inside_the_run() -> None:
