@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
+
+from fewstep.samplers.files import replaced
 
 BUNDLED_MINORITY = Path(__file__).parent / "digits"
 """Folder of the bundled classifier."""
@@ -82,8 +83,8 @@ class MinorityClassifier(nn.Module):
         self.load_state_dict(weights)
         files = {"model.safetensors": save(weights), "config.json": (json.dumps(self.config, indent=2) + "\n").encode()}
         for name, content in files.items():
-            (path / f"{name}.partial").write_bytes(content)
-            os.replace(path / f"{name}.partial", path / name)
+            with replaced(path / name) as partial:
+                partial.write_bytes(content)
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> MinorityClassifier:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fewstep.samplers import Denoiser, sample
+from fewstep.samplers.files import replaced
 from fewstep.samplers.noise import NoiseStreams
 
 from .populations import check_particles, groups_of
@@ -208,9 +208,8 @@ class NoiseSearch(ABC):
             "settings": self._settings(),
             "evaluations": [one.evaluations for one in history],
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata={"record": json.dumps(record)})
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            save_file(tensors, partial, metadata={"record": json.dumps(record)})
 
     def load(self, path: str | Path) -> NoiseSearch:
         """Goes on from a file of ``save``; returns itself.

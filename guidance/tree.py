@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+from fewstep.samplers.files import replaced
 
 _FORMAT, _VERSION = "fewstep.tree", 1
 _BLOCK = 64
@@ -175,8 +176,8 @@ class Tree:
         # The numbers that both files know tell whether one was written without the other.
         stamp = {"settings": json.dumps(settings)}
         for name, data in (("tree.safetensors", save(tensors, stamp)), ("tree.json", header.encode())):
-            (path / f"{name}.partial").write_bytes(data)
-            os.replace(path / f"{name}.partial", path / name)
+            with replaced(path / name) as partial:
+                partial.write_bytes(data)
 
     @staticmethod
     def read_settings(path: str | Path) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fewstep.samplers.files import replaced
 
 from .tree import Tree
 
@@ -43,9 +44,8 @@ def plot_tree(tree: Tree, branching: Sequence[int], steps: int, path: Path, rewa
     growth.step(calls, np.maximum.accumulate(rewards), where="post", label="best so far")
     growth.set(xlabel="network calls", ylabel=reward)
     growth.legend()
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format=path.suffix[1:], dpi=150)
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        figure.savefig(partial, format=path.suffix[1:], dpi=150)
 
 
 def _draw_nodes(figure: Any, panel: Any, tree: Tree, labels: Sequence[str], reward: str) -> None:

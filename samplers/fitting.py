@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .files import replaced
 from .learned import LearnedTable
 from .plan_numbers import FREE, PlanNumbers
 from .scheduler import PlanScheduler
@@ -290,10 +290,9 @@ def _next(walks: Sequence[_Walk], iterations: int, patience: int) -> _Walk | Non
 
 
 def _save(path: Path, made_with: Mapping[str, Any], walks: Sequence[_Walk]) -> None:
-    partial = path.with_name(path.name + ".partial")
     content = {"fit": made_with, "walks": [asdict(walk) for walk in walks]}
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _load(path: Path, made_with: Mapping[str, Any]) -> list[_Walk]:

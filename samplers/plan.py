@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .files import replaced
 from .weights import Measure
 
 SAMPLE, PREDICTION, NOISE = "sample", "prediction", "noise"
@@ -160,10 +160,8 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON, atomically."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        os.replace(partial, path)
+        with replaced(Path(path)) as partial:
+            partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

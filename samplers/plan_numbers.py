@@ -82,7 +82,8 @@ class PlanNumbers:
         if times.any() or end.any():
             table = self._at(self._levels(times if len(times) else np.zeros(self.grid.steps), *end))
         if "labels" in self.parts:
-            lowest, highest = (float(self.schedule.timestep(level)) for level in self._ends())
+            ends = self.schedule.min_level, self.schedule.max_level
+            lowest, highest = (float(self.schedule.timestep(level)) for level in ends)
             moved = np.array(table.labels) + values[self.parts["labels"]] * _LABEL_UNIT * (highest - lowest)
             labels = np.clip(moved, min(lowest, *table.labels), max(highest, *table.labels))
             table = replace(table, labels=tuple(labels.tolist()))
@@ -96,9 +97,6 @@ class PlanNumbers:
             )
             table = replace(table, scales=scales, data=data, noise=noise)
         return table
-
-    def _ends(self) -> tuple[float, float]:
-        return self.schedule.min_level, self.schedule.max_level
 
     def _levels(self, values: np.ndarray, end: float = 0.0) -> list[float]:
         """Levels whose intervals in ``atan(sigma / alpha)`` are those of the start times powers of e.

@@ -41,6 +41,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def changed_settings(path: Path, settings: Mapping[str, Any]) -> list[str] | None:
+    """Names of the settings that differ from those that a work was begun with; ``None`` where none was.
+
+    Args:
+        path: a file of ``write_json``.
+        settings: ready for JSON.
+    """
+    if not path.exists():
+        return None
+    begun = json.loads(path.read_text())
+    return [name for name in settings if begun.get(name) != settings[name]]
+
+
 def check_files(*paths: Path | None) -> None:
     """Refuses files that could not be written, before anything is measured.
 

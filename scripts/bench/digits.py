@@ -54,8 +54,7 @@ def measure(
         images = generate(pipeline, indices, steps=steps, scale=scale, seed=seed).cpu()
         seconds += time.perf_counter() - clock
         with torch.no_grad():
-            # The reference was made from 8-bit images.
-            features = classifier.features(images.mul(255.0).round().div(127.5).sub(1.0))
+            features = features_of(classifier, images)
             logits.append(classifier.classify(features))
         statistics.update(features)
     mean, covariance = statistics.compute()
@@ -71,6 +70,11 @@ def measure(
         "class_agreement_interval": [agreement.low, agreement.high],
         "images_per_second": count / seconds,
     }
+
+
+def features_of(classifier: DigitsClassifier, images: torch.Tensor) -> torch.Tensor:
+    """Features of images in [0, 1], rounded to the 8 bits that the reference was made from."""
+    return classifier.features(images.mul(255.0).round().div(127.5).sub(1.0))
 
 
 def generate(pipeline: DiTPipeline, indices: range, *, steps: int, scale: float, seed: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ from fewstep.samplers.stitch import StitchedDenoiser
 from ..files import replace_file
 from ..generation.model import load_model
 from ..generation.stitched import check_interchangeable
-from .digits import generate
+from .digits import features_of, generate
 from .output import environment, table
 
 _GROUPS = 20
@@ -135,8 +135,7 @@ class Curve:
             ).cpu()
             seconds.append((time.perf_counter() - clock) / len(indices))
             with torch.no_grad():
-                # The reference was made from 8-bit images.
-                features.append(self._classifier.features(images.mul(255.0).round().div(127.5).sub(1.0)))
+                features.append(features_of(self._classifier, images))
                 logits.append(self._classifier.classify(features[-1]))
         distance, left_out = distance_with_groups(torch.cat(features), self._reference)
         steps = self._pipeline.scheduler.num_inference_steps

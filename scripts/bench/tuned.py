@@ -27,6 +27,7 @@ from ..tuning.learned import fit_table
 from ..tuning.searched import error_fitness, search
 from ..tuning.task import STATISTICS, Batch, Conditions, Inputs, change, ends, errors, followed, noises
 from .accuracy import MIXTURE
+from .digits import features_of
 from .output import STABLE_DIFFUSION, table
 from .rivals import Rival, rivals
 
@@ -69,9 +70,8 @@ class Digits:
     @torch.no_grad()
     def features(self, samples: torch.Tensor) -> torch.Tensor:
         vae = self.model.pipeline.vae
-        images = vae.decode(samples / vae.config.scaling_factor).sample.clamp(-1.0, 1.0)
-        # The reference was made from 8-bit images.
-        return self._classifier.features(images.add(1.0).mul(127.5).round().div(127.5).sub(1.0))
+        images = vae.decode(samples / vae.config.scaling_factor).sample.mul(0.5).add(0.5).clamp(0.0, 1.0)
+        return features_of(self._classifier, images)
 
     def reference(self, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._reference.mean, self._reference.covariance
@@ -252,7 +252,7 @@ def _frechet(
     return value, (value + float(spread.quantile(0.025)), value + float(spread.quantile(0.975)))
 
 
-def tuned_table(results: Sequence[Result], *, markdown: bool = False) -> str:
+def tuned_table(results: Sequence[Result]) -> str:
     """The results as text, a block a guidance scale."""
     blocks = []
     for scale in dict.fromkeys(result.guidance_scale for result in results):
@@ -273,7 +273,7 @@ def tuned_table(results: Sequence[Result], *, markdown: bool = False) -> str:
                         detail,
                     ]
                 )
-        blocks.append(table(header, rows, markdown=markdown))
+        blocks.append(table(header, rows))
     return "\n\n".join(blocks)
 
 

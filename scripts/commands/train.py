@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 
 from fewstep.metrics import DigitsClassifier
 
-from ..files import write_json
+from ..files import changed_settings, write_json
 from ..generation.model import load_model
 from ..training.autoencoder import fingerprint, reconstruction_error, train_autoencoder
 from ..training.classifier import accuracy, reference_statistics, train_classifier
@@ -215,13 +214,11 @@ def _load_autoencoder(path: Path, images: LabelledImages) -> AutoencoderKL:
 def _begin(work: Path, settings: dict[str, Any]) -> None:
     """Makes the checkpoint's folder, or sees to it that the checkpoint in it is one of the same training."""
     path = work / "settings.json"
-    if path.exists():
-        begun = json.loads(path.read_text())
-        different = [name for name in settings if begun.get(name) != settings[name]]
-        if different:
-            raise ValueError(
-                f"--output {work.parent} holds a checkpoint of a training with other settings "
-                f"({', '.join(different)}); give the same ones, or remove {work} to begin anew"
-            )
-        return
-    write_json(path, settings)
+    different = changed_settings(path, settings)
+    if different:
+        raise ValueError(
+            f"--output {work.parent} holds a checkpoint of a training with other settings "
+            f"({', '.join(different)}); give the same ones, or remove {work} to begin anew"
+        )
+    if different is None:
+        write_json(path, settings)

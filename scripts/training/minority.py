@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from fewstep.guidance import MinorityClasses, MinorityClassifier, feature_distance, minority_scores
 from fewstep.metrics import DigitsClassifier
 from fewstep.samplers import DPMSolverPPScheduler
+from fewstep.samplers.files import replaced
 
 from .autoencoder import encode
 from .data import LabelledImages
@@ -112,9 +112,8 @@ def train_minority(
             scores = load_file(kept)["scores"]
         else:
             scores = score_images(pipeline, extractor, part, means, seed=seed)
-            partial = kept.with_suffix(".partial")
-            save_file({"scores": scores}, partial)
-            os.replace(partial, kept)
+            with replaced(kept) as partial:
+                save_file({"scores": scores}, partial)
         cuts = cuts or MinorityClasses.of(scores, CLASSES, part.labels)
         encoded.append((means, stds))
         classes.append(cuts.labels(scores, part.labels))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file, write_json
+from ..files import changed_settings, replace_file, write_json
 
 SETTINGS, REPORT = "settings.json", "tuning.json"
 
@@ -20,14 +19,13 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     if (folder / REPORT).exists():
         raise ValueError(f"--output {folder} holds a finished tuning already; name another folder or remove it")
-    if (folder / SETTINGS).exists():
-        begun = json.loads((folder / SETTINGS).read_text())
-        different = [name for name in settings if begun.get(name) != settings[name]]
-        if different:
-            raise ValueError(
-                f"--output {folder} holds an unfinished tuning with other settings ({', '.join(different)}); give the "
-                "same ones to go on with it, or remove it to begin anew"
-            )
+    different = changed_settings(folder / SETTINGS, settings)
+    if different:
+        raise ValueError(
+            f"--output {folder} holds an unfinished tuning with other settings ({', '.join(different)}); give the "
+            "same ones to go on with it, or remove it to begin anew"
+        )
+    if different is not None:
         return
     if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
         raise ValueError(f"--output {folder} exists already; name a new folder")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fewstep.metrics import DigitsClassifier, FeatureStatistics, digits_statisti
 from fewstep.samplers import PlanScheduler, SearchedScheduler, SearchSettings, search_schedule, trajectory_fitness
 from fewstep.samplers.usf.evolution import Fitness
 
-from ..bench.digits import generate
+from ..bench.digits import features_of, generate
 from ..generation.model import BUNDLED, Model
 from .task import Batch
 
@@ -43,7 +43,6 @@ def search(
     Returns:
         the scheduler, and what the report says of the search.
     """
-    settings = replace(SearchSettings(), rounds=rounds, refinement=refinement)
     with tqdm(desc="search", unit="schedule") as bar:
 
         def show(stage: str, evaluations: int, best: float) -> None:
@@ -53,19 +52,18 @@ def search(
         found = search_schedule(
             start,
             fitness,
-            settings=settings,
+            settings=SearchSettings(rounds=rounds, refinement=refinement),
             final_fitness=final_fitness,
             archive=archive,
             progress=show,
             seed=seed,
         )
     best = [entry.fitness for entry in found.evaluations]
-    history = [min(best[: k + 1]) for k in range(len(best))]
     return SearchedScheduler.from_config(start.config, decisions=found.schedule), {
         "evaluations": len(best),
         "best_known_solver": found.known,
         "final_fitness": found.fitness,
-        "history": history,
+        "history": list(accumulate(best, min)),
     }
 
 
@@ -96,7 +94,7 @@ def frechet_fitness(model: Model, guidance_scale: float, steps: int, seeds: rang
             part = seeds[begin : begin + 100]
             images = generate(pipeline, part, steps=steps, scale=guidance_scale, seed=0).cpu()
             with torch.no_grad():
-                statistics.update(classifier.features(images.mul(255.0).round().div(127.5).sub(1.0)))
+                statistics.update(features_of(classifier, images))
         return frechet_distance(*statistics.compute(), reference.mean, reference.covariance)
 
     return fitness
