@@ -19,10 +19,10 @@ from ..generation.model import load_model
 from ..training.data import load_images
 from ..training.degradation import degrade
 from . import reverse_sde
+from .estimates import Estimate, estimate
 
 Restore = Callable[[RestorationPipeline, torch.Tensor, int, Sequence[torch.Generator]], torch.Tensor]
 
-_GROUPS = 20
 # Generators read 32 bits of a seed; images and runs of one seed must not share their noise.
 _RUNS = 2**31
 
@@ -97,19 +97,6 @@ class Settings:
     count: int
     seed: int
     device: str
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure.
-
-    Attributes:
-        value: over all images.
-        left_out: without each of the groups of images in turn, for intervals.
-    """
-
-    value: float
-    left_out: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -189,7 +176,7 @@ class Bench:
         statistics = {name: functools.partial(_mean, of) for name, of in values.items()}
         distance = functools.partial(_distance, features, self._clean_features)
         return {
-            name: _estimate(statistic, len(images)) for name, statistic in {**statistics, "frechet": distance}.items()
+            name: estimate(statistic, len(images)) for name, statistic in {**statistics, "frechet": distance}.items()
         }
 
 
@@ -208,8 +195,3 @@ def _distance(features: torch.Tensor, clean: torch.Tensor, kept: torch.Tensor) -
         gathered.update(chosen)
         statistics.extend(gathered.compute())
     return frechet_distance(*statistics)
-
-
-def _estimate(statistic: Callable[[torch.Tensor], float], count: int) -> Estimate:
-    group = torch.arange(count) * _GROUPS // count
-    return Estimate(statistic(group >= 0), tuple(statistic(group != g) for g in range(_GROUPS)))

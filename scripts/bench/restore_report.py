@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
+from .estimates import Estimate, half_width
 from .output import environment, table
-from .restore import BASELINES, MEASURES, METHODS, Estimate, Point, Settings
-from .stitch import half_width
+from .restore import BASELINES, MEASURES, METHODS, Point, Settings
 
 
 def equal_or_better(point: Point, than: Point, measure: str) -> bool:

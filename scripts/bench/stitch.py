@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,14 +14,7 @@ import torch
 from diffusers import DiTPipeline
 from tqdm import tqdm
 
-from fewstep.metrics import (
-    DigitsClassifier,
-    FeatureStatistics,
-    ReferenceStatistics,
-    class_agreement,
-    digits_statistics,
-    frechet_distance,
-)
+from fewstep.metrics import DigitsClassifier, class_agreement, digits_statistics
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers.stitch import StitchedDenoiser
 
@@ -30,10 +22,9 @@ from ..files import replace_file
 from ..generation.model import load_model
 from ..generation.stitched import check_interchangeable
 from .digits import features_of, generate
+from .estimates import frechet_estimate, half_width
 from .output import environment, table
 
-_GROUPS = 20
-_NORMAL = 1.96
 _TIMED_ON = ("processor", "torch_threads")
 _CLAIM = 0.4
 """Share of early steps that arXiv 2402.14167 finds to cost no quality on DiT."""
@@ -137,13 +128,13 @@ class Curve:
             with torch.no_grad():
                 features.append(features_of(self._classifier, images))
                 logits.append(self._classifier.classify(features[-1]))
-        distance, left_out = distance_with_groups(torch.cat(features), self._reference)
+        distance = frechet_estimate(torch.cat(features), self._reference)
         steps = self._pipeline.scheduler.num_inference_steps
         return Point(
             fraction=fraction,
             small_steps=sum(stitched.model_of_step(i, steps) == 0 for i in range(steps)),
-            frechet_distance=distance,
-            left_out=left_out,
+            frechet_distance=distance.value,
+            left_out=distance.left_out,
             class_agreement=class_agreement(torch.cat(logits), torch.arange(settings.count) % 10).rate,
             seconds=statistics.median(seconds),
         )
@@ -152,34 +143,6 @@ class Curve:
         stitched = StitchedDenoiser(self._networks, [fraction, 1.0 - fraction], by="step").follow(self._pipeline)
         self._pipeline.transformer = stitched
         return stitched
-
-
-def distance_with_groups(features: torch.Tensor, reference: ReferenceStatistics) -> tuple[float, tuple[float, ...]]:
-    """The Frechet distance of all features, and without each of 20 groups of neighbours in turn.
-
-    Args:
-        features: ``(count, D)``.
-        reference: of the same extractor.
-    """
-
-    def distance(chosen: torch.Tensor) -> float:
-        gathered = FeatureStatistics(features.shape[1])
-        gathered.update(chosen)
-        return frechet_distance(*gathered.compute(), reference.mean, reference.covariance)
-
-    group = torch.arange(len(features)) * _GROUPS // len(features)
-    return distance(features), tuple(distance(features[group != g]) for g in range(_GROUPS))
-
-
-def half_width(left_out: Sequence[float]) -> float:
-    """Half of the 95 % interval of a statistic, by the jackknife of groups (Efron and Stein, 1981).
-
-    Args:
-        left_out: the statistic without each group; the difference of two, for the interval of a difference.
-    """
-    mean = math.fsum(left_out) / len(left_out)
-    squares = math.fsum((value - mean) ** 2 for value in left_out)
-    return _NORMAL * math.sqrt(squares * (len(left_out) - 1) / len(left_out))
 
 
 def report(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:

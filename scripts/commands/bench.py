@@ -13,6 +13,7 @@ _LATER = {
     "digits": "Measure the images of a digit model.",
     "stitch": "Measure T-Stitch: a small model makes the early steps.",
     "tuned": "Measure tuned samplers against the best of diffusers.",
+    "variants": "Measure samplers against one that they vary: momentum, shifted times.",
     "restore": "Measure restoration of degraded digits against network calls.",
 }
 """Subcommands in files of their own, and their lines in the help."""

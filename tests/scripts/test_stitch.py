@@ -14,15 +14,14 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fewstep.metrics import DigitsClassifier, digits_statistics, frechet_distance
+from fewstep.metrics import DigitsClassifier, digits_statistics
 from fewstep.samplers import SAMPLERS, StitchedDenoiser
 from fewstep.scripts.bench.digits import measure
+from fewstep.scripts.bench.estimates import half_width
 from fewstep.scripts.bench.output import environment
 from fewstep.scripts.bench.stitch import (
     Point,
     Settings,
-    distance_with_groups,
-    half_width,
     plot_stitch,
     read_points,
     report,
@@ -105,33 +104,6 @@ def test_a_curve_goes_on_where_it_stopped(curve: Path, tmp_path: Path, monkeypat
     assert result.stdout == stitch_table(read_points(file, settings)) + "\n"
     with Image.open(picture) as image:
         assert image.size == (1440, 630)
-
-
-@pytest.mark.parametrize("groups", [1, 3])
-def test_the_interval_of_a_mean_is_the_textbook_one(groups: int) -> None:
-    """Without group g, a mean is (sum - sum of g) / (n - n / G): its jackknife is the standard error of group means."""
-    values = torch.randn(20 * groups, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    group = torch.arange(len(values)) // groups
-    left_out = [float(values[group != g].mean()) for g in range(20)]
-    expected = 1.96 * float(values.view(20, groups).mean(1).std()) / math.sqrt(20)
-    assert half_width(left_out) == pytest.approx(expected, rel=1e-9)
-
-
-def test_distances_without_a_group_are_those_of_the_other_images() -> None:
-    reference = digits_statistics("train", DigitsClassifier.bundled())
-    features = torch.randn(130, 64, generator=torch.Generator().manual_seed(0)).abs()
-    distance, left_out = distance_with_groups(features, reference)
-
-    def expected(chosen: torch.Tensor) -> float:
-        wide = chosen.double()
-        return frechet_distance(wide.mean(0), wide.T.cov(), reference.mean, reference.covariance)
-
-    assert distance == pytest.approx(expected(features), rel=1e-9)
-    assert len(left_out) == 20
-    # 130 images in 20 groups: 7 and 6 in turn.
-    assert left_out[0] == pytest.approx(expected(features[7:]), rel=1e-9)
-    assert left_out[1] == pytest.approx(expected(torch.cat([features[:7], features[13:]])), rel=1e-9)
-    assert left_out[19] == pytest.approx(expected(features[:124]), rel=1e-9)
 
 
 def test_changes_are_between_the_same_groups() -> None:
