@@ -15,6 +15,7 @@ COMMANDS = {
     "tune": "Fit a sampler to a model, a number of steps and a guidance scale.",
     "train": "Train a small class-conditional model on your own images.",
     "bench": "Measure samplers on the bundled models and on exact ground truth.",
+    "replicate": "Measure the claims of the papers again, and write a report.",
 }
 """Subcommand -> its line in the help. The click object ``NAME`` lives in ``commands/NAME.py``."""
 

@@ -68,10 +68,15 @@ class Digits:
         return self._conditions.inputs(seeds)
 
     @torch.no_grad()
-    def features(self, samples: torch.Tensor) -> torch.Tensor:
+    def images(self, samples: torch.Tensor) -> torch.Tensor:
+        """Decoded latents, ``(B, 1, 32, 32)`` in [0, 1]."""
         vae = self.model.pipeline.vae
-        images = vae.decode(samples / vae.config.scaling_factor).sample.mul(0.5).add(0.5).clamp(0.0, 1.0)
-        return features_of(self._classifier, images)
+        decoded: torch.Tensor = vae.decode(samples / vae.config.scaling_factor).sample
+        return decoded.mul(0.5).add(0.5).clamp(0.0, 1.0)
+
+    @torch.no_grad()
+    def features(self, samples: torch.Tensor) -> torch.Tensor:
+        return features_of(self._classifier, self.images(samples))
 
     def reference(self, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self._reference.mean, self._reference.covariance
@@ -166,16 +171,16 @@ class Comparison:
 
     def measure(self, calls: int, methods: Sequence[str]) -> Iterator[Result]:
         """The best of diffusers first, then the methods in turn."""
-        best = self._best(calls)
-        theirs = self._errors(best.scheduler, best.steps)
+        best = self.best(calls)
+        theirs = self.errors(best.scheduler, best.steps)
         yield self._result(calls, "diffusers", best.name, theirs, theirs, best.scheduler, best.steps)
         for method in methods:
-            scheduler = self._fitted(method, calls)
-            ours = self._errors(scheduler, calls)
+            scheduler = self.fitted(method, calls)
+            ours = self.errors(scheduler, calls)
             yield self._result(calls, method, type(scheduler).__name__, theirs, ours, scheduler, calls)
 
-    def _best(self, calls: int) -> Rival:
-        """By the median on noises of its own."""
+    def best(self, calls: int) -> Rival:
+        """The best of diffusers, by the median on noises of its own."""
 
         def median(rival: Rival) -> float:
             found = torch.cat([errors(rival.scheduler, batch, rival.steps) for batch in self._choose])
@@ -183,7 +188,8 @@ class Comparison:
 
         return min(rivals(dict(self.subject.config), calls), key=median)
 
-    def _fitted(self, method: str, calls: int) -> PlanScheduler:
+    def fitted(self, method: str, calls: int) -> PlanScheduler:
+        """The scheduler of one of ``METHODS``, fitted now or read from the folder."""
         if method == "unipc":
             return self._build("unipc", calls)
         folder = self.folder / f"{method}-{calls}-guidance-{self.guidance_scale:g}"
@@ -222,7 +228,8 @@ class Comparison:
         scheduler.set_timesteps(calls)
         return scheduler
 
-    def _errors(self, scheduler: Any, steps: int) -> torch.Tensor:
+    def errors(self, scheduler: Any, steps: int) -> torch.Tensor:
+        """Each held-out noise's distance to its exact end."""
         return torch.cat([errors(scheduler, batch, steps) for batch in self._held_out])
 
     def _result(

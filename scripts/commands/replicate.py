@@ -1,0 +1,56 @@
+"""``fewstep replicate``: every claim of every paper, measured again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--quick", is_flag=True, help="Few noises and the small model: minutes, for tests.")
+@click.option("--claims", "names", metavar="A,B,...", help="Some of the claims.  [default: all]")
+@click.option("--data", type=_PATH, help="An .npz of MNIST's test images; without it, generated digits are restored.")
+@click.option("--output", type=_PATH, default=Path("replication"), help="Folder; a run into it goes on.")
+def replicate(quick: bool, names: str | None, data: Path | None, output: Path) -> None:
+    """Measure the claims of the papers again, on the bundled models and on exact mixtures.
+
+    Writes report.md, report.html (one page with plots and pictures), and report.json. A claim that was measured is
+    kept, so that an interrupted run goes on.
+    """
+    from tqdm import tqdm
+
+    from ..bench.output import table
+    from ..files import write_json, write_text
+    from ..generation.choices import unknown
+    from ..replication.catalogue import CLAIMS
+    from ..replication.claims import Scale
+    from ..replication.report import markdown, page, report
+    from ..replication.run import replicate as measure
+
+    known = {claim.key: claim for claim in CLAIMS}
+    keys = list(known) if names is None else [name.strip() for name in names.split(",")]
+    for key in keys:
+        if key not in known:
+            raise unknown("claim", key, known)
+    if data is not None and not data.is_file():
+        raise ValueError(f"--data {data} is no file; give an .npz with x_test and y_test")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a folder")
+    scale = Scale(quick, output / "work", data)
+    with tqdm(total=len(keys), desc="replicate", unit="claim") as bar:
+
+        def begin(key: str) -> None:
+            bar.set_postfix(claim=key)
+
+        outcomes = []
+        for key in keys:
+            outcomes += measure([known[key]], scale, output, begin)
+            bar.update()
+    write_text(output / "report.md", markdown(outcomes, quick=quick))
+    write_text(output / "report.html", page(outcomes, quick=quick))
+    write_json(output / "report.json", report(outcomes, quick=quick))
+    rows = [[one.claim.key, one.measurement.verdict, f"{one.minutes:.1f}"] for one in outcomes]
+    click.echo(table(["claim", "verdict", "minutes"], rows))

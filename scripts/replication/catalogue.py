@@ -1,0 +1,7 @@
+"""All claims, in the order of the report."""
+
+from __future__ import annotations
+
+from . import fitted, solvers, trajectories
+
+CLAIMS = (*solvers.CLAIMS, *fitted.CLAIMS, *trajectories.CLAIMS)
