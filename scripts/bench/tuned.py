@@ -33,8 +33,6 @@ from .rivals import Rival, rivals
 
 METHODS = ("unipc", "dc", "s3", "learned")
 _SEEN = {"dc": 10, "s3": 40}
-_SAMPLE_CALLS = 250
-"""Noises times calls that a learned plan is fitted to: derivatives are the dearer the more calls there are."""
 _CHOOSE, _HELD_OUT, _IMAGES = 50, 10_000, 20_000
 """First seeds of the noises that choose among diffusers' schedulers, and of those that nothing was fitted to."""
 
@@ -43,6 +41,8 @@ class Subject(Protocol):
     """A model with a guidance scale."""
 
     config: Mapping[str, Any]
+    sample_calls: int
+    """Noises times calls that a learned plan is fitted to: derivatives are the dearer the more calls there are."""
 
     def inputs(self, seeds: range) -> list[Inputs]:
         """Noises, one a seed, and the network."""
@@ -56,6 +56,8 @@ class Subject(Protocol):
 
 class Digits:
     """A bundled model of digits."""
+
+    sample_calls = 250
 
     def __init__(self, name: str, guidance_scale: float) -> None:
         self.model = load_model(name, "float32", "cpu")
@@ -86,6 +88,7 @@ class Mixture:
     """The mixture of Gaussians of ``bench accuracy``, whose predictions are exact."""
 
     config: Mapping[str, Any] = {**STABLE_DIFFUSION, "timestep_spacing": "trailing"}
+    sample_calls = 1000
 
     def __init__(self, guidance_scale: float) -> None:
         mixture = GaussianMixture.random(seed=MIXTURE)
@@ -198,7 +201,7 @@ class Comparison:
             return found
         folder.mkdir(parents=True, exist_ok=True)
         start = self._build("dc-solver" if method == "dc" else "ddim", calls)
-        count = _SEEN.get(method, _SAMPLE_CALLS // calls)
+        count = _SEEN.get(method, self.subject.sample_calls // calls)
         seen = self._batches(start, range(100_000, 100_000 + count))
         validation = self._batches(start, range(200_000, 200_000 + count // 2))
         if method == "dc":
