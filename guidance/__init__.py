@@ -3,9 +3,10 @@
 from fewstep.samplers.guided import Guidance, GuidedRun, GuidedStep
 
 from .corrector import FeynmanKacCorrector, GuidanceBranches
-from .feynman_kac import FeynmanKacSteering
+from .feynman_kac_scheduler import FeynmanKacScheduler, finite_variance_churn
+from .feynman_kac_steering import FeynmanKacSteering
 from .learned_value import LearnedValue, TransitionRecorder, Transitions, ValueNetwork, fit_value
-from .masked import MaskedSampler, MaskedSVDD, sample_categorical
+from .masked import EnergyChoice, MaskedSampler, MaskedSVDD, sample_categorical
 from .minority import MinorityGuidance, NoisyClassifier, SelfMinorityGuidance
 from .minority_classifier import MinorityClassifier
 from .minority_scores import (
@@ -15,10 +16,11 @@ from .minority_scores import (
     minority_scores,
     squared_distance,
 )
-from .noise_search import NoiseSearch, RandomSearch, SearchResult, SearchRound, ZeroOrderSearch
+from .noise_search import NoiseSearch, SearchResult, SearchRound
 from .path_search import PathSearch
 from .populations import SCHEMES, Population, effective_sample_size, resample
 from .potentials import Potential, RewardTilt
+from .random_search import RandomSearch
 from .rewards import (
     Reward,
     brightness,
@@ -28,15 +30,17 @@ from .rewards import (
     decoder_of,
     metric_reward,
 )
-from .scheduler import FeynmanKacScheduler, finite_variance_churn
 from .svdd import SVDD, PosteriorMeanValue
 from .tree_sampling import DiffusionTreeSampling, DiffusionTreeSearch
+from .verifiers import VerifierEnsemble
+from .zero_order_search import ZeroOrderSearch
 
 __all__ = [
     "SCHEMES",
     "SVDD",
     "DiffusionTreeSampling",
     "DiffusionTreeSearch",
+    "EnergyChoice",
     "FeynmanKacCorrector",
     "FeynmanKacScheduler",
     "FeynmanKacSteering",
@@ -65,6 +69,7 @@ __all__ = [
     "TransitionRecorder",
     "Transitions",
     "ValueNetwork",
+    "VerifierEnsemble",
     "ZeroOrderSearch",
     "absolute_distance",
     "brightness",

@@ -1,4 +1,4 @@
-"""Masked discrete diffusion: exact samplers (arXiv 2409.02908), and SVDD over them (arXiv 2408.08252)."""
+"""Masked discrete diffusion: exact samplers (arXiv 2409.02908), with SVDD (arXiv 2408.08252) or energies in them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ MaskedModel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``model(tokens, times)``: tokens ``(batch, length)``, int64, where the mask is the number ``vocabulary``; times
 ``(batch,)`` in [0, 1], the share of masked tokens that is expected, which a time-agnostic model ignores. Returns logits
 ``(batch, length, vocabulary)`` of the clean tokens; those of tokens that are known are not read."""
+
+Energy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""``energy(clean, tokens, log_proposal)``: whole sequences ``(batch, length)``, what was known of them (with masks),
+and the log-probability ``(batch,)`` with which the model's independent predictions proposed the rest. Returns
+``(batch,)``. With an autoregressive model it is ``log_proposal - log_likelihood(clean)``."""
 
 
 def sample_categorical(
@@ -90,6 +95,41 @@ class MaskedSVDD:
         return self.reward(torch.where(masked, guess, tokens), where)
 
 
+class EnergyChoice:
+    """Energy-based denoising: tokens that appear together are drawn together (arXiv 2410.21357, algorithm 1).
+
+    A masked model predicts every token by itself. Of several whole sequences drawn from its predictions, one is chosen
+    with probability proportional to ``exp(-energy)``, and the tokens that appear are its own. It is exact for many
+    draws and the energy ``log_proposal - log p(clean)``; one draw, or equal energies, is the model itself.
+
+    Args:
+        energy: see ``Energy``.
+        draws: ``k``, of each sequence in each step, at no network call; the paper finds little beyond 16.
+
+    Raises:
+        ValueError: no draws; in a step, energies of another shape or that are no finite numbers.
+    """
+
+    def __init__(self, energy: Energy, draws: int) -> None:
+        check_particles("draws", draws)
+        self.energy, self.draws = energy, draws
+
+    def clean(self, tokens: torch.Tensor, logits: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+        """Whole sequences ``(batch, length)`` for tokens ``(batch, length)``, by the model's ``logits``."""
+        masked = (tokens == logits.shape[-1])[:, None]
+        several = logits[:, None].expand(-1, self.draws, -1, -1)
+        drawn = sample_categorical(several, generator)
+        log_p = several.double().log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
+        log_proposal = torch.where(masked, log_p, 0.0).sum(-1).flatten()
+        clean = torch.where(masked, drawn, tokens[:, None])
+        known = tokens.repeat_interleave(self.draws, 0)
+        values = Reward(lambda x: -self.energy(x, known, log_proposal), name="minus energy")(clean.flatten(0, 1))
+        device = logits.device if generator is None else generator.device
+        uniforms = torch.rand(len(tokens), 1, generator=generator, device=device, dtype=torch.float64)
+        picked = choose(values.view(-1, self.draws), 1.0, uniforms.to(values.device))
+        return clean.gather(1, picked[..., None].expand(-1, -1, tokens.shape[1])).squeeze(1)
+
+
 class MaskedSampler:
     """Samples sequences from a masked diffusion model.
 
@@ -159,6 +199,7 @@ class MaskedSampler:
         count: int,
         *,
         steps: int,
+        energy: EnergyChoice | None = None,
         steering: MaskedSVDD | None = None,
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
@@ -170,6 +211,7 @@ class MaskedSampler:
         Args:
             count: number of sequences.
             steps: number of network calls.
+            energy: lets tokens that appear in one step depend on each other.
             steering: chooses among candidates for every call.
             generator: of all noise.
 
@@ -182,8 +224,11 @@ class MaskedSampler:
         def step(tokens: torch.Tensor, times: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             left = round(float(times[0]) * steps)
             appears = (tokens == self.vocabulary) & (self._uniform(tokens.shape, generator) < 1.0 / left)
-            following = tokens.clone()
-            following[appears] = sample_categorical(logits[appears], generator)
+            if energy is None:
+                following = tokens.clone()
+                following[appears] = sample_categorical(logits[appears], generator)
+            else:
+                following = torch.where(appears, energy.clean(tokens, logits, generator), tokens)
             return following, torch.full_like(times, (left - 1) / steps)
 
         return self._run(count, steps, step, steering, generator)

@@ -69,7 +69,10 @@ class Reconstruction:
         schedule = self.scheduler.schedule
         with np.errstate(over="ignore"):
             level = float(schedule.level(timestep))
-        if not 0.0 < level <= schedule.max_level * (1.0 + 1e-6):
+        last = float(schedule.timestep(schedule.max_level))
+        # Tables of discrete timesteps go on with their first and last level.
+        outside = timestep > last + 1e-6 * abs(last) or (isinstance(schedule, DiscreteVPSchedule) and timestep < 0)
+        if outside or not 0.0 < level <= schedule.max_level * (1.0 + 1e-6):
             raise ValueError(
                 f"timestep {timestep} lies outside the model's training, or means no noise; of 1000 timesteps 600 to "
                 "800 are usual, for EDM models a quarter of the logarithm of sigma"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,12 @@ from fewstep.samplers.noise import NoiseStreams
 
 from .populations import check_particles, groups_of
 from .rewards import Reward, RewardFunction
+from .verifiers import VerifierEnsemble, mean_ranks
 
 _FORMAT = "fewstep.noise_search"
+
+Verifier = Reward | RewardFunction | VerifierEnsemble
+"""What judges the samples of a search."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class SearchRound:
 
     Attributes:
         evaluations: of the network, up to its end, a sample of a batch each; all groups together.
-        values: of its candidates, ``(groups, candidates)``, on the CPU.
+        values: of its candidates, ``(groups, candidates)``, on the CPU; of an ensemble ``(groups, candidates,
+            rewards)``.
     """
 
     evaluations: int
@@ -46,7 +50,7 @@ class SearchResult:
         noise: that the best samples began with, ``(groups, *shape)``: the ``latents`` of a pipeline's call. After a
             search over paths, and with samplers that draw noise of their own, it does not give them again by itself.
         samples: the best ones, ``(groups, *shape)``, for ``Denoiser.decode``.
-        values: their rewards, ``(groups,)``.
+        values: their rewards, ``(groups,)``; of an ensemble ``(groups, rewards)``.
         history: the rounds so far.
     """
 
@@ -63,7 +67,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a round has made: ``(groups, candidates, ...)`` noises, samples and their rewards."""
+    """What a round has made: ``(groups, candidates, ...)`` noises, samples and their values."""
 
     noise: torch.Tensor
     samples: torch.Tensor
@@ -80,8 +84,8 @@ class NoiseSearch(ABC):
         denoiser: of a pipeline with its prompts, made with ``num_images_per_prompt=candidates``.
         scheduler: of the runs, such as ``UniPCScheduler.from_config(denoiser.scheduler_config)``.
         num_inference_steps: steps of a run; a search may well take fewer than the run that its noise is for.
-        reward: the verifier, of what the scheduler steps; a ``Reward`` to decode it first. What is reported should be
-            another measure than what was searched for.
+        reward: the verifier, of what the scheduler steps; a ``Reward`` to decode it first, a ``VerifierEnsemble`` of
+            several. What is reported should be another measure than what was searched for.
         candidates: of each prompt in a round.
         seed: of prompt 0; prompt ``k`` has ``seed + k``.
 
@@ -94,7 +98,7 @@ class NoiseSearch(ABC):
         denoiser: Denoiser,
         scheduler: Any,
         num_inference_steps: int,
-        reward: Reward | RewardFunction,
+        reward: Verifier,
         *,
         candidates: int,
         seed: int = 0,
@@ -102,7 +106,8 @@ class NoiseSearch(ABC):
         check_particles("candidates", candidates)
         self.groups = groups_of(denoiser.batch_size, candidates)
         self.denoiser, self.scheduler, self.steps = denoiser, scheduler, num_inference_steps
-        self.reward, self.candidates, self.seed = Reward.of(reward), candidates, seed
+        self.reward = reward if isinstance(reward, VerifierEnsemble) else Reward.of(reward)
+        self.candidates, self.seed = candidates, seed
         self._streams = NoiseStreams([seed + group for group in range(self.groups)])
         self._history: list[SearchRound] = []
         self._best: dict[str, torch.Tensor] = {}
@@ -127,6 +132,7 @@ class NoiseSearch(ABC):
             "steps": self.steps,
             "seed": self.seed,
             "shape": list(self.denoiser.shape),
+            "rewards": len(self.reward.rewards) if isinstance(self.reward, VerifierEnsemble) else 1,
         }
 
     # ---------------------------------------------------------------- running
@@ -173,24 +179,33 @@ class NoiseSearch(ABC):
 
     def _take(self, found: Candidates) -> None:
         """Keeps the best of each group."""
-        chosen = self._ranked(found.values, len(self._history), 0)[:, :1]
+        values = found.values
+        if self._best:
+            values = torch.cat([self._best["values"].to(values)[:, None], values], 1)
+        scores = self._scores(values)
+        ahead = scores[:, -self.candidates :]
+        chosen = self._ranked(ahead, len(self._history), 0)[:, :1]
         new = {name: gathered(getattr(found, name), chosen).squeeze(1) for name in _KEPT}
         if self._best:
-            better = new["values"] > self._best["values"].to(new["values"].device)
+            better = (ahead.gather(1, chosen) > scores[:, :1]).squeeze(1)
             for name, value in new.items():
                 kept = self._best[name].to(value.device)
                 new[name] = torch.where(better.to(value.device).view(-1, *[1] * (value.ndim - 1)), value, kept)
         self._best = new
 
-    def _ranked(self, values: torch.Tensor, number: int, stage: int) -> torch.Tensor:
+    def _scores(self, values: torch.Tensor) -> torch.Tensor:
+        """What candidates are compared by, ``(groups, candidates)``, of their values."""
+        return mean_ranks(values) if isinstance(self.reward, VerifierEnsemble) else values
+
+    def _ranked(self, scores: torch.Tensor, number: int, stage: int) -> torch.Tensor:
         """Numbers of the candidates from best to worst, ``(groups, candidates)``; equals in random order.
 
         Verifiers in half precision have many equals, and the first of them must not be favoured.
         """
         shape = torch.Size([self.groups, self.candidates])
-        keys = self._streams.draw(_key(number, _TIES + stage, 0), shape, values.device, torch.float64)
+        keys = self._streams.draw(_key(number, _TIES + stage, 0), shape, scores.device, torch.float64)
         mixed = keys.argsort(1)
-        return mixed.gather(1, values.gather(1, mixed).argsort(dim=1, descending=True, stable=True))
+        return mixed.gather(1, scores.gather(1, mixed).argsort(dim=1, descending=True, stable=True))
 
     # ---------------------------------------------------------------- saving
 
@@ -260,7 +275,7 @@ class NoiseSearch(ABC):
         return self._grouped(samples)
 
     def _judged(self, samples: torch.Tensor, where: str) -> torch.Tensor:
-        """Rewards ``(groups, candidates)`` of samples ``(groups, candidates, ...)``."""
+        """Values ``(groups, candidates)`` of samples ``(groups, candidates, ...)``; of an ensemble one a reward."""
         return self._grouped(self.reward(samples.flatten(0, 1), where))
 
     def _grouped(self, batch: torch.Tensor) -> torch.Tensor:
@@ -272,101 +287,6 @@ class NoiseSearch(ABC):
         # Pipelines choose mu by the size of the image; the number of calls does not depend on it.
         scheduler.set_timesteps(self.steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
         return len(scheduler.timesteps)
-
-
-class RandomSearch(NoiseSearch):
-    """The best of many independent noises: best-of-N, the baseline of every comparison.
-
-    Arguments as of ``NoiseSearch``. Samplers that draw noise of their own are welcome.
-    """
-
-    @property
-    def cost(self) -> int:
-        return self._calls() * self.groups * self.candidates
-
-    def _round(self, number: int) -> Candidates:
-        noise = self._normal(number, 0)
-        samples = self._sampled(noise, self._generators(number))
-        return Candidates(noise, samples, self._judged(samples, f"round {number + 1}"))
-
-
-class ZeroOrderSearch(NoiseSearch):
-    """Climbs from noise to better noise nearby (arXiv 2501.09732, section 3.1).
-
-    The first round draws noises at random; each later one looks at neighbours of the best so far. The sampler must
-    draw no noise of its own, or a noise does not tell its sample.
-
-    Args:
-        denoiser: as of ``NoiseSearch``, like the other arguments.
-        scheduler: a deterministic one.
-        num_inference_steps: steps of a run.
-        reward: the verifier.
-        candidates: of each prompt in a round.
-        seed: of prompt 0.
-        similarity: cosine of the angle between a noise and its neighbours, 0.95 in public code. The paper gives no law
-            of neighbours; these have the pivot's norm and a random direction around it, so that a neighbour of
-            standard normal noise is standard normal.
-
-    Raises:
-        ValueError: impossible options; in ``run``, a sampler that draws noise.
-    """
-
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        scheduler: Any,
-        num_inference_steps: int,
-        reward: Reward | RewardFunction,
-        *,
-        candidates: int,
-        seed: int = 0,
-        similarity: float = 0.95,
-    ) -> None:
-        if not -1.0 < similarity < 1.0:
-            raise ValueError(f"similarity {similarity} must lie between -1 and 1; 0.95 is usual, larger stays nearer")
-        super().__init__(denoiser, scheduler, num_inference_steps, reward, candidates=candidates, seed=seed)
-        self.similarity = similarity
-
-    @property
-    def cost(self) -> int:
-        return self._calls() * self.groups * self.candidates
-
-    def _settings(self) -> dict[str, Any]:
-        return {**super()._settings(), "similarity": self.similarity}
-
-    def _round(self, number: int) -> Candidates:
-        noise = self._normal(number, 0)
-        if number:
-            noise = neighbours(self._best["noise"].cpu(), noise, self.similarity)
-        generators = self._generators(number)
-        before = [generator.get_state() for generator in generators]
-        samples = self._sampled(noise, generators)
-        if not all(torch.equal(g.get_state(), state) for g, state in zip(generators, before, strict=True)):
-            raise ValueError(
-                f"{type(self.scheduler).__name__} draws noise of its own, so that neighbours of a noise have nothing "
-                "in common; use a deterministic sampler, or RandomSearch"
-            )
-        return Candidates(noise, samples, self._judged(samples, f"round {number + 1}"))
-
-
-def neighbours(pivot: torch.Tensor, directions: torch.Tensor, similarity: float) -> torch.Tensor:
-    """Noises of the pivot's norm at a given angle from it.
-
-    Args:
-        pivot: ``(groups, ...)``.
-        directions: standard normal, ``(groups, count, ...)``.
-        similarity: cosine of the angle.
-
-    Returns:
-        shaped and typed like ``directions``; standard normal where the pivot is.
-    """
-    centre, around = pivot.flatten(1).double()[:, None], directions.flatten(2).double()
-    norm = centre.norm(dim=2, keepdim=True)
-    axis = centre / norm
-    across = around - (around * axis).sum(2, keepdim=True) * axis
-    across = across / across.norm(dim=2, keepdim=True)
-    found = norm * (similarity * axis + math.sqrt(1.0 - similarity**2) * across)
-    return found.view(directions.shape).to(directions.dtype)
 
 
 _KEPT = ("noise", "samples", "values")

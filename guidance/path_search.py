@@ -11,8 +11,7 @@ import torch
 
 from fewstep.samplers import Denoiser, PlanScheduler, PlanSchedulerOutput
 
-from .noise_search import Candidates, NoiseSearch, gathered
-from .rewards import Reward, RewardFunction
+from .noise_search import Candidates, NoiseSearch, Verifier, gathered
 
 
 class PathSearch(NoiseSearch):
@@ -44,7 +43,7 @@ class PathSearch(NoiseSearch):
         denoiser: Denoiser,
         scheduler: PlanScheduler,
         num_inference_steps: int,
-        reward: Reward | RewardFunction,
+        reward: Verifier,
         *,
         candidates: int,
         seed: int = 0,
@@ -100,7 +99,7 @@ class PathSearch(NoiseSearch):
         x, clean = self._denoised(fresh, x, stages[0], generators)
         for k, (before, after) in enumerate(itertools.pairwise(stages), 1):
             values = self._judged(self._grouped(clean), f"round {number + 1}, step {before[1]} of {steps}")
-            best = self._ranked(values, number, k)[:, : self.paths]
+            best = self._ranked(self._scores(values), number, k)[:, : self.paths]
             branches = best.repeat_interleave(self.candidates // self.paths, 1)
             kept, noise = (gathered(v, branches) for v in (self._grouped(x), noise))
             x = self._renoised(fresh, kept, (before[1], after[0]), self._normal(number, k)).flatten(0, 1)

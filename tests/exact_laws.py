@@ -1,4 +1,4 @@
-"""Distributions that are known exactly, and runs of schedulers over their ideal networks."""
+"""Distributions that are known exactly, and runs of schedulers and searches over their ideal networks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from analytic import network_of
+from fewstep.guidance import NoiseSearch
 from fewstep.metrics import GaussianMixture
-from fewstep.samplers import PlanScheduler
+from fewstep.samplers import Denoiser, DPMSolverPPScheduler, PlanScheduler
+from fewstep.samplers.denoisers.denoiser import Start
 
 
 def tensor(values: Any) -> torch.Tensor:
@@ -25,11 +27,16 @@ CUTS = (-0.8, 1.4)
 
 
 def run(
-    scheduler: PlanScheduler, mixture: GaussianMixture, batch: int, seed: int = 0, network: Any = None
+    scheduler: PlanScheduler,
+    mixture: Any,
+    batch: int,
+    seed: int = 0,
+    network: Any = None,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """The loop of a pipeline over an ideal network, in float64."""
+    """The loop of a pipeline over an ideal network."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, mixture.means.shape[1], generator=generator, dtype=torch.float64)
+    x = torch.randn(batch, mixture.means.shape[1], generator=generator, dtype=dtype)
     x = x * float(scheduler.init_noise_sigma)
     network = network or network_of(scheduler, mixture.clean)
     for t in scheduler.timesteps:
@@ -82,3 +89,48 @@ def deviation(values: torch.Tensor, truth: Any) -> float:
     """Of the mean over independent rows, in standard errors; the largest over the columns."""
     error = values.std(0) / math.sqrt(len(values))
     return float(((values.mean(0) - torch.as_tensor(truth, dtype=torch.float64)).abs() / error).max())
+
+
+STANDARD = GaussianMixture(tensor([[0.0] * 8]), tensor([1.0]), tensor([1.0]))
+
+
+class ExactDenoiser(Denoiser):
+    """The ideal network of a mixture, as a denoiser of any batch."""
+
+    def __init__(self, batch_size: int, mixture: GaussianMixture = STANDARD, **options: Any) -> None:
+        self._batch_size, self.mixture = batch_size, mixture
+        self.scheduler_config = DPMSolverPPScheduler(timestep_spacing="trailing", **options).config
+        self._network = network_of(DPMSolverPPScheduler.from_config(self.scheduler_config), mixture.clean)
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.mixture.means.shape[1],)
+
+    def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
+        self._count(x)
+        return self._network(x, torch.as_tensor(t)).to(x.dtype)
+
+    def prepare(self, scheduler: Any, num_inference_steps: int, *, generator: Any = None, latents: Any = None) -> Start:
+        scheduler.set_timesteps(num_inference_steps)
+        return Start(latents * scheduler.init_noise_sigma, scheduler.timesteps)
+
+    def noise(self, generator: Any = None) -> torch.Tensor:
+        return torch.randn(self.batch_size, *self.shape, generator=generator)
+
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        return latents
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    return x[:, 0]
+
+
+def searching(
+    search: type[NoiseSearch], denoiser: Denoiser, reward: Any = first, steps: int = 6, **options: Any
+) -> Any:
+    scheduler = DPMSolverPPScheduler.from_config(denoiser.scheduler_config)
+    return search(denoiser, scheduler, steps, reward, **{"candidates": 4, **options})

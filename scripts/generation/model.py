@@ -13,7 +13,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, DiTPipeline
 from diffusers.utils import is_transformers_available, logging
 
 # Saved schedulers of ours load only once this package is imported.
@@ -31,6 +31,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 Kind = Literal["text", "class", "unconditional", "restoration"]
 
 _NEEDED_INPUTS = {"image", "images", "mask_image", "control_image", "init_image", "source_image", "video"}
+_NO_CLASS = 1000  # DiTPipeline's label of the branch without class, behind all classes of the embedding
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Model:
         scheduler_config: of the scheduler that the model came with; all samplers are built from it.
         classes: the valid class labels, in order; empty unless ``kind`` is ``"class"``.
         labels: class name -> class label.
+        unconditional: the label that stands for no class, if the model was trained with one.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Model:
     scheduler_config: Mapping[str, Any]
     classes: tuple[int, ...]
     labels: Mapping[str, int]
+    unconditional: int | None = None
 
 
 def resolve_name(name: str) -> str:
@@ -205,7 +208,10 @@ def describe(name: str, pipeline: DiffusionPipeline) -> Model:
         network = getattr(pipeline, "transformer", None) or pipeline.unet
         count = getattr(network.config, "num_embeds_ada_norm", None) or network.config.num_class_embeds
         classes = tuple(range(count))
-    return Model(name, pipeline, kind, parameters, pipeline.scheduler.config, classes, labels)
+    unconditional = None
+    if isinstance(pipeline, DiTPipeline) and pipeline.transformer.config.num_embeds_ada_norm == _NO_CLASS:
+        unconditional = _NO_CLASS
+    return Model(name, pipeline, kind, parameters, pipeline.scheduler.config, classes, labels, unconditional)
 
 
 def _bundled_folder(name: str) -> Any:

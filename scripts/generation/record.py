@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
+from .steering import Steering
 
 FORMAT = 1
 RECORD, GRID = "record.json", "grid.png"
+_SUMMARY = ("reward", "network_calls", "effective_sample_sizes")  # of an account, for the record
 _LIBRARIES = ("fewstep", "torch", "diffusers", "transformers", "numpy")
 
 
@@ -56,6 +58,7 @@ class Settings:
         inputs: degraded images, absolute file -> SHA-256; image ``i`` restores number ``i % len(inputs)``; empty for
             other kinds of models.
         stitch: the model of the early steps and its share of them, ``"MODEL:SHARE"``; None where one model makes all.
+        steering: what steers the samplers, if anything does.
     """
 
     model: str
@@ -76,6 +79,7 @@ class Settings:
     device: str
     stitch: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    steering: Steering | None = None
 
     @property
     def cells(self) -> list[Cell]:
@@ -95,6 +99,8 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        if self.steering is None:
+            del plain["steering"]
         return plain
 
 
@@ -138,14 +144,18 @@ def read_settings(path: Path) -> Settings:
         ValueError: a setting is missing, unknown or of a wrong type.
     """
     run: dict[str, Any] = read_record(path)["run"]
-    names = {entry.name for entry in fields(Settings)}
+    steering = run.pop("steering", None)
+    names = {entry.name for entry in fields(Settings)} - {"steering"}
     if set(run) != names:
         raise ValueError(f"record {path}: missing or unknown in 'run': {', '.join(sorted(set(run) ^ names))}")
     for name, value in run.items():
         if not _has_shape(value, _SHAPES[name]):
             raise ValueError(f"record {path}: {name} has the unusable value {value!r}")
     checked: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in run.items()}
-    return Settings(**checked)
+    try:
+        return Settings(**checked, steering=None if steering is None else Steering.from_json(steering))
+    except ValueError as error:
+        raise ValueError(f"record {path}: {error}") from error
 
 
 def library_versions() -> dict[str, str]:
@@ -192,7 +202,8 @@ class RunFolder:
 
     def _check_same(self, record: Mapping[str, Any]) -> None:
         mine, theirs = self.settings.to_json(), record["run"]
-        other = [name for name in mine if mine[name] != theirs.get(name)]
+        names = dict.fromkeys((*mine, *theirs))
+        other = [name for name in names if mine.get(name) != theirs.get(name)]
         if other:
             differing = ", ".join(other)
             raise ValueError(f"output {self.path} holds another run (different {differing}); choose another folder")
@@ -205,9 +216,27 @@ class RunFolder:
         """The file of one image."""
         return self.path / cell.folder / f"{index:05d}.png"
 
+    def account_path(self, cell: Cell, index: int) -> Path:
+        """The file of what a steered image is worth and has cost."""
+        return self.image_path(cell, index).with_suffix(".json")
+
     def missing(self, cell: Cell) -> list[int]:
         """The images of a cell that are still to be made."""
-        return [i for i in range(self.settings.number) if not self.image_path(cell, i).exists()]
+        files = [self.image_path, *([self.account_path] if self.settings.steering else [])]
+        return [i for i in range(self.settings.number) if not all(file(cell, i).exists() for file in files)]
+
+    def save_account(self, cell: Cell, index: int, account: Mapping[str, Any]) -> None:
+        """Writes what a steered image is worth and has cost, before the image itself."""
+        write_json(self.account_path(cell, index), account)
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """Of all images of a steered run.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        (cell,) = self.settings.cells
+        return [_read_account(self.account_path(cell, i)) for i in range(self.settings.number)]
 
     def begin(self) -> None:
         """Writes the record, before the first image."""
@@ -222,6 +251,9 @@ class RunFolder:
     def _write(self, status: str) -> None:
         settings = self.settings
         key = "prompt" if settings.prompts else "input" if settings.inputs else "class"
+        found: list[dict[str, Any]] = [{} for _ in range(settings.number)]
+        if settings.steering is not None and status == "complete":
+            found = [{name: one[name] for name in _SUMMARY if name in one} for one in self.accounts()]
         content = {
             "format": FORMAT,
             "status": status,
@@ -232,11 +264,21 @@ class RunFolder:
                 for cell, config in zip(settings.cells, self._schedulers, strict=True)
             ],
             "images": [
-                {"file": f"{i:05d}.png", "seed": settings.seed_of(i), key: settings.condition_of(i)}
+                {"file": f"{i:05d}.png", "seed": settings.seed_of(i), key: settings.condition_of(i), **found[i]}
                 for i in range(settings.number)
             ],
         }
         write_json(self.path / RECORD, content)
+
+
+def _read_account(path: Path) -> dict[str, Any]:
+    try:
+        account: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if account["network_calls"] >= 0:
+            return account
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is damaged; delete it, and its image is made again")
 
 
 def check_writable(path: Path) -> None:

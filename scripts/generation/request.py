@@ -12,6 +12,7 @@ from .inputs import open_input
 from .model import DTYPES, Model
 from .record import Settings
 from .schedulers import resolve_sampler
+from .steering import CORRECTED, check_steering
 
 MAX_SEED = 2**32 - 1
 """The generator of the CPU reads 32 bits of a seed."""
@@ -51,11 +52,17 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def parse_classes(text: str, model: Model) -> tuple[int, ...]:
     """Class labels from names, numbers and ranges, as in ``"0,3-5,umbrella"``; a name goes before a number.
 
+    ``"none"`` is the label of images without class.
+
     Raises:
         ValueError: a part is none of them, or out of the model's range.
     """
     if model.kind != "class":
         raise ValueError(f"classes do not apply: model {model.name!r} is not class-conditional")
+    if text.strip() == "none" and "none" not in model.labels:
+        if model.unconditional is None:
+            raise ValueError(f"classes 'none' does not apply: model {model.name!r} knows no images without class")
+        return (model.unconditional,)
     chosen: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         if part in model.labels:
@@ -83,12 +90,17 @@ def default_number(model: Model, given: int) -> int:
     return given or min(_DEFAULT_NUMBER, len(model.classes) or _DEFAULT_NUMBER)
 
 
-def default_guidance(model: Model) -> float | None:
-    """The guidance scale of the pipeline itself; None where it has none."""
+def default_guidance(model: Model, classes: Sequence[int] = ()) -> float | None:
+    """The guidance scale of the pipeline itself; None where it has none, and 1 where there is no class to guide to."""
     parameter = model.parameters.get("guidance_scale")
     if parameter is None or not isinstance(parameter.default, (int, float)):
         return None
-    return float(parameter.default)
+    return 1.0 if unconditional(model, classes) else float(parameter.default)
+
+
+def unconditional(model: Model, classes: Sequence[int]) -> bool:
+    """Whether these classes are none."""
+    return bool(classes) and all(label == model.unconditional for label in classes)
 
 
 def check_settings(settings: Settings) -> None:
@@ -97,8 +109,12 @@ def check_settings(settings: Settings) -> None:
     Raises:
         ValueError: a setting is out of its range.
     """
-    for sampler in settings.samplers:
-        resolve_sampler(sampler)
+    if settings.steering is not None:
+        check_steering(settings.steering)
+        _check_steered(settings)
+    if settings.steering is None or settings.steering.kind.noise != "own":
+        for sampler in settings.samplers:
+            resolve_sampler(sampler)
     if not settings.samplers or len({cell.name for cell in settings.cells}) < len(settings.samplers):
         raise ValueError("compare needs each sampler once, and folders of samplers with names of their own")
     for steps in settings.steps:
@@ -131,6 +147,8 @@ def check_against(settings: Settings, model: Model) -> None:
         ValueError: the model does not take a setting, or needs one that is missing.
     """
     title = f"model {settings.model!r}"
+    if settings.steering is not None and model.kind == "restoration":
+        raise ValueError(f"steer does not apply: {title} steps residuals in the place of images")
     if settings.inputs and model.kind != "restoration":
         raise ValueError(f"input does not apply: {title} takes no images; use digits-restore or leave it out")
     if model.kind == "restoration":
@@ -151,6 +169,16 @@ def check_against(settings: Settings, model: Model) -> None:
             raise ValueError(f"{name.replace('_', '-')} does not apply: {title} takes none")
 
 
+def _check_steered(settings: Settings) -> None:
+    for name, given in (("compare", settings.compare), ("input", settings.inputs), ("stitch", settings.stitch)):
+        if given:
+            raise ValueError(f"steer and {name} exclude each other: leave out one of the two")
+    assert settings.steering is not None
+    own = settings.steering.kind.noise == "own"
+    if own != (CORRECTED in settings.samplers):
+        raise ValueError(f"sampler {', '.join(settings.samplers)} is not for steer {settings.steering.method}")
+
+
 def _check_sizes(settings: Settings, model: Model) -> None:
     for name in settings.inputs:
         width, height = open_input(name, 1).size
@@ -169,6 +197,6 @@ def _check_text(name: str, value: str | Sequence[str] | None) -> None:
 
 def _check_classes(classes: Sequence[int], model: Model) -> None:
     for label in classes:
-        if label not in model.classes:
+        if label not in model.classes and label != model.unconditional:
             span = f"{model.classes[0]} to {model.classes[-1]}"
             raise ValueError(f"class {label} is out of range: model {model.name!r} has {span}")

@@ -28,16 +28,20 @@ from tqdm import tqdm
 
 from fewstep.samplers import PlanScheduler
 
+from .arguments import pipeline_inputs
 from .inputs import open_input
 from .model import Model
 from .pictures import columns_for, image_grid, labelled_grid, save_image
 from .record import GRID, Cell, RunFolder, Settings
 from .schedulers import build_scheduler, plain_config
+from .steered import Steerer, corrected_scheduler
 
 _GRID_IMAGES = 100  # a grid, or a cell of a comparison, shows no more
 
 
-def generate_images(settings: Settings, model: Model, output: Path, batch_size: int) -> int:
+def generate_images(
+    settings: Settings, model: Model, output: Path, batch_size: int
+) -> tuple[int, list[dict[str, Any]]]:
     """Makes what is missing of a run: one PNG an image, the grid, and the record.
 
     Nothing is written before everything has been checked and the first batch has left the pipeline.
@@ -46,36 +50,48 @@ def generate_images(settings: Settings, model: Model, output: Path, batch_size: 
         settings: checked settings.
         model: the model they name.
         output: the run's folder.
-        batch_size: images a call of the pipeline; on the CPU, and for inputs of several sizes, it is always 1.
+        batch_size: images a call of the pipeline; on the CPU, for inputs of several sizes, and for steered images,
+            whose populations are batches of their own, it is always 1.
 
     Returns:
-        The number of images made now.
+        The number of images made now, and the accounts of all images if the run is steered.
 
     Raises:
         ValueError: a scheduler, the pipeline or the folder refuses the settings.
     """
-    schedulers = [build_scheduler(settings, model, cell) for cell in settings.cells]
+    schedulers = [_build(settings, model, cell) for cell in settings.cells]
+    steerers = [
+        None if settings.steering is None else Steerer(settings, model, scheduler, cell.steps)
+        for cell, scheduler in zip(settings.cells, schedulers, strict=True)
+    ]
     folder = RunFolder(output, settings, [plain_config(scheduler) for scheduler in schedulers])
-    size = 1 if settings.device == "cpu" or _of_many_sizes(settings) else batch_size
+    alone = settings.device == "cpu" or settings.steering is not None or _of_many_sizes(settings)
+    size = 1 if alone else batch_size
     missing = {cell: folder.missing(cell) for cell in settings.cells}
     made = sum(map(len, missing.values()))
     if not made and folder.complete:
-        return 0
+        return 0, _accounts(settings, folder)
     total = settings.number * len(settings.cells)
     with tqdm(total=total, initial=total - made, unit="image", file=sys.stderr) as bar:
-        for cell, scheduler in zip(settings.cells, schedulers, strict=True):
+        for cell, scheduler, steerer in zip(settings.cells, schedulers, steerers, strict=True):
             bar.set_description(f"{cell.name}, {cell.steps} steps")
             for begin in sorted({i // size * size for i in missing[cell]}):
                 indices = range(begin, min(begin + size, settings.number))
-                images = call_pipeline(settings, model, scheduler, cell.steps, indices)
-                folder.begin()
+                if steerer is None:
+                    images = call_pipeline(settings, model, scheduler, cell.steps, indices)
+                    folder.begin()
+                else:
+                    image, account = steerer.make(begin)
+                    images = [image]
+                    folder.begin()
+                    folder.save_account(cell, begin, account)
                 for i, image in zip(indices, images, strict=True):
                     if i in missing[cell]:
                         save_image(image, folder.image_path(cell, i))
                         bar.update()
     save_image(_picture(settings, folder), output / GRID)
     folder.finish()
-    return made
+    return made, _accounts(settings, folder)
 
 
 def call_pipeline(
@@ -94,31 +110,29 @@ def call_pipeline(
         ValueError: the pipeline refuses a setting, or returns something else than one image an index.
     """
     seeds = [settings.seed_of(i) for i in indices]
-    conditions = [settings.condition_of(i) for i in indices]
     arguments: dict[str, Any] = {
         "num_inference_steps": steps,
         "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
+        **pipeline_inputs(settings, model, indices),
     }
-    if model.kind == "text":
-        arguments["prompt"] = conditions
-    elif model.kind == "class":
-        arguments["class_labels"] = conditions
-    elif model.kind == "restoration":
-        channels = model.pipeline.unet.config.out_channels
-        arguments["image"] = [open_input(str(name), channels) for name in conditions]
-    else:
+    if model.kind == "unconditional":
         arguments["batch_size"] = len(indices)
-    if settings.negative_prompt is not None:
-        arguments["negative_prompt"] = [settings.negative_prompt] * len(indices)
-    for name in ("guidance_scale", "height", "width"):
-        if getattr(settings, name) is not None:
-            arguments[name] = getattr(settings, name)
     scheduler.manual_seed(seeds)
     model.pipeline.scheduler = scheduler
     images = getattr(model.pipeline(**arguments), "images", None)
     if not isinstance(images, list) or len(images) != len(indices) or not isinstance(images[0], Image.Image):
         raise ValueError(f"model {settings.model!r} ({type(model.pipeline).__name__}) does not return images")
     return images
+
+
+def _build(settings: Settings, model: Model, cell: Cell) -> PlanScheduler:
+    if settings.steering is not None and settings.steering.kind.noise == "own":
+        return corrected_scheduler(settings, model, cell.steps)
+    return build_scheduler(settings, model, cell)
+
+
+def _accounts(settings: Settings, folder: RunFolder) -> list[dict[str, Any]]:
+    return [] if settings.steering is None else folder.accounts()
 
 
 def _of_many_sizes(settings: Settings) -> bool:

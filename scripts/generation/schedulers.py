@@ -53,7 +53,7 @@ def build_scheduler(settings: Settings, model: Model, cell: Cell) -> PlanSchedul
     else:
         cls, own = _saved(cell.sampler)
         _check_model(cls, own, model, cell.sampler)
-    _check_options(cls, settings.options, cell.sampler)
+    check_options(cls, settings.options, cell.sampler)
     options = {**own, **settings.options}
     if model.kind == "restoration" and cell.sampler in SAMPLERS:
         # The sampler solves for the residual; its own options are one of the scheduler around it.
@@ -87,7 +87,7 @@ def parsed_options(cls: type[Scheduler], model: Model, pairs: Sequence[str], **o
         ValueError: an option is unknown, or the scheduler refuses it.
     """
     options = parse_options(pairs)
-    _check_options(cls, options, cls.__name__)
+    check_options(cls, options, cls.__name__)
     scheduler: Scheduler = cls.from_config(model.scheduler_config, **{**own, **options})
     return scheduler
 
@@ -125,7 +125,12 @@ def _check_model(cls: type[PlanScheduler], own: dict[str, Any], model: Model, na
         )
 
 
-def _check_options(cls: type[PlanScheduler], options: dict[str, Any], name: str) -> None:
+def check_options(cls: type[PlanScheduler], options: dict[str, Any], name: str) -> None:
+    """Holds options against a scheduler's names and types.
+
+    Raises:
+        ValueError: an option is unknown or of another type.
+    """
     known = {
         key: parameter.default
         for key, parameter in inspect.signature(cls.__init__).parameters.items()

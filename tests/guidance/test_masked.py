@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.guidance import MaskedSampler, MaskedSVDD, sample_categorical
+from fewstep.guidance import EnergyChoice, MaskedSampler, MaskedSVDD, sample_categorical
 
 LENGTH, VOCABULARY = 3, 3
 
@@ -144,6 +144,70 @@ def test_categorical_samples_invert_float64_sums() -> None:
     assert (sample_categorical(never, rng()) != 1).all()
 
 
+def test_gumbel_noise_of_few_digits_is_another_law() -> None:
+    """Gumbel-max with uniform numbers up to ``exp(-exp(-M))``, against its closed form (2409.02908, proposition 5.2).
+
+    Float32 has ``M = 16.6``; 1 shows the same with five classes. Ours have no such bound.
+    """
+    p, bound, count = np.array([0.02, 0.05, 0.13, 0.30, 0.50]), 1.0, 400000
+    tails = p[::-1].cumsum()[::-1]
+    before = np.append(np.inf, tails[1:] / p[:-1])  # of the first class, the second term is 0
+    before[1:] = tails[1:] / p[:-1]
+    left = np.arange(len(p), 0, -1)
+    shrink = math.exp(-bound)
+    beta = (np.exp((left - tails / p) * shrink) - np.exp((left - before) * shrink)) / tails
+    truncated = p * beta.cumsum()
+    assert truncated == pytest.approx([0.0, 0.0002, 0.0303, 0.2820, 0.6875], abs=1e-4)
+    uniforms = torch.rand(count, 5, generator=rng(), dtype=torch.float64) * math.exp(-shrink)
+    drawn = (torch.from_numpy(p).log() - (-uniforms.log()).log()).argmax(1)
+    error = 4.0 / math.sqrt(count)
+    assert np.bincount(drawn.numpy(), minlength=5) / count == pytest.approx(truncated, abs=error)
+    ours = sample_categorical(torch.from_numpy(p).log().expand(count, -1), rng())
+    assert np.bincount(ours.numpy(), minlength=5) / count == pytest.approx(p, abs=error)
+
+
+# ----------------------------------------------------------------------------------------- energies
+
+PAIR = torch.tensor([[0.45, 0.05], [0.05, 0.45]], dtype=torch.float64)
+
+
+def pair_model(tokens: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """The exact conditionals of two correlated bits."""
+    known = torch.where(tokens.flip(1)[..., None] == 2, 1.0, 2.0 * PAIR[tokens.flip(1).clamp(max=1)])
+    return (0.5 * known).log()
+
+
+def pair_energy(clean: torch.Tensor, tokens: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
+    return log_proposal - PAIR[clean[:, 0], clean[:, 1]].log()
+
+
+@pytest.mark.parametrize(
+    ("draws", "steps", "equal"), [(1, 1, 0.25), (2, 1, 0.350), (4, 1, 0.416), (16, 1, 0.443), (4, 4, 0.441)]
+)
+def test_energies_let_tokens_depend_on_each_other(draws: int, steps: int, equal: float) -> None:
+    """Probability of each of the equal pairs: 0.45 in truth, 0.25 for independent tokens."""
+    masked = MaskedSampler(pair_model, length=2, vocabulary=2)
+    tokens = masked.ancestral(COUNT, steps=steps, energy=EnergyChoice(pair_energy, draws), generator=rng())
+    found = np.bincount((2 * tokens[:, 0] + tokens[:, 1]).numpy(), minlength=4) / COUNT
+    assert found == pytest.approx([equal, 0.5 - equal, 0.5 - equal, equal], abs=4 * math.sqrt(0.25 / COUNT))
+    assert masked.calls == steps
+
+
+def test_one_draw_or_equal_energies_are_the_model_itself() -> None:
+    one_hot = np.eye(VOCABULARY)[TABLE.sequences]
+    marginals = np.einsum("s,slv->lv", TABLE.law, one_hot)
+    independent = np.prod([marginals[k, TABLE.sequences[:, k]] for k in range(LENGTH)], axis=0)
+
+    def likelihood(clean: torch.Tensor, tokens: torch.Tensor, log_proposal: torch.Tensor) -> torch.Tensor:
+        return log_proposal - torch.from_numpy(TABLE.law)[number(clean)].log()
+
+    for choice in (EnergyChoice(likelihood, 1), EnergyChoice(lambda clean, *_: torch.zeros(len(clean)), 6)):
+        assert fits(sampler().ancestral(COUNT, steps=1, energy=choice, generator=rng()), independent) < 4
+    joint = sampler().ancestral(COUNT, steps=2, energy=EnergyChoice(likelihood, 64), generator=rng())
+    assert 0.5 * np.abs(histogram(joint) / COUNT - TABLE.law).sum() < 0.03
+    assert 0.5 * np.abs(independent - TABLE.law).sum() > 0.2
+
+
 # ----------------------------------------------------------------------------------------- SVDD
 
 REWARD = torch.from_numpy(np.random.default_rng(5).normal(size=VOCABULARY**LENGTH))
@@ -214,6 +278,13 @@ def test_posterior_means_raise_the_reward(fill: str) -> None:
         (lambda: MaskedSVDD(reward, candidates=0, temperature=1.0), "candidates 0"),
         (lambda: MaskedSVDD(reward, candidates=2, temperature=-1.0), "temperature -1.0"),
         (lambda: MaskedSVDD(reward, candidates=2, temperature=1.0, fill="mask"), "fill 'mask'"),
+        (lambda: EnergyChoice(pair_energy, 0), "draws 0"),
+        (
+            lambda: MaskedSampler(pair_model, length=2, vocabulary=2).ancestral(
+                2, steps=1, energy=EnergyChoice(lambda clean, *_: clean, 3)
+            ),
+            r"'minus energy' returned \(6, 2\)",
+        ),
         (lambda: MaskedSampler(TABLE, length=0, vocabulary=3), "length 0"),
         (lambda: sampler().first_hitting(2, tokens_per_call=0), "tokens_per_call 0"),
         (lambda: sampler().ancestral(2, steps=0), "steps 0"),

@@ -11,57 +11,15 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
 
-from analytic import network_of
+from exact_laws import ExactDenoiser, first
+from exact_laws import searching as build
 from fewstep.guidance import NoiseSearch, PathSearch, RandomSearch, Reward, SearchResult, ZeroOrderSearch, decoder_of
-from fewstep.guidance.noise_search import neighbours
-from fewstep.metrics import GaussianMixture
+from fewstep.guidance.zero_order_search import neighbours
 from fewstep.samplers import SAMPLERS, Denoiser, DPMSolverPPScheduler, DrivenDenoiser, sample
-from fewstep.samplers.denoisers.denoiser import Start
 from pipelines.tiny import CASES
 
 SEARCHES: list[type[NoiseSearch]] = [RandomSearch, ZeroOrderSearch, PathSearch]
 every_search = pytest.mark.parametrize("search", SEARCHES)
-STANDARD = GaussianMixture(torch.zeros(1, 8).double(), torch.ones(1).double(), torch.ones(1).double())
-
-
-class ExactDenoiser(Denoiser):
-    """The ideal network of a mixture, as a denoiser of any batch."""
-
-    def __init__(self, batch_size: int, mixture: GaussianMixture = STANDARD, **options: Any) -> None:
-        self._batch_size, self.mixture = batch_size, mixture
-        self.scheduler_config = DPMSolverPPScheduler(timestep_spacing="trailing", **options).config
-        self._network = network_of(DPMSolverPPScheduler.from_config(self.scheduler_config), mixture.clean)
-
-    @property
-    def batch_size(self) -> int:
-        return self._batch_size
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.mixture.means.shape[1],)
-
-    def __call__(self, x: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
-        self._count(x)
-        return self._network(x, torch.as_tensor(t)).to(x.dtype)
-
-    def prepare(self, scheduler: Any, num_inference_steps: int, *, generator: Any = None, latents: Any = None) -> Start:
-        scheduler.set_timesteps(num_inference_steps)
-        return Start(latents * scheduler.init_noise_sigma, scheduler.timesteps)
-
-    def noise(self, generator: Any = None) -> torch.Tensor:
-        return torch.randn(self.batch_size, *self.shape, generator=generator)
-
-    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        return latents
-
-
-def first(x: torch.Tensor) -> torch.Tensor:
-    return x[:, 0]
-
-
-def build(search: type[NoiseSearch], denoiser: Denoiser, reward: Any = first, steps: int = 6, **options: Any) -> Any:
-    scheduler = DPMSolverPPScheduler.from_config(denoiser.scheduler_config)
-    return search(denoiser, scheduler, steps, reward, **{"candidates": 4, **options})
 
 
 def same(a: SearchResult, b: SearchResult) -> bool:

@@ -152,10 +152,17 @@ def test_every_pipeline_at_its_own_number_of_calls(case: str) -> None:
     chosen = CASES[case]
     inputs = {"batch_size": 4} if case == "ddpm" else batched(chosen.inputs(), 4)
     reward = Reward(lambda x: x.flatten(1).mean(1))
+    rows: list[int] = []
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    handle = network.register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
     base = chosen.call(pipe, **inputs)
+    plain = rows[:]
     guidance = SVDD(reward, candidates=2, temperature=0.0, chains=2, seeds=0)
     pipe.scheduler.guide(guidance)
     x = chosen.call(pipe, **inputs)
+    handle.remove()
+    assert plain
+    assert rows == 2 * plain
     assert torch.equal(x[::2], x[1::2])
     assert not torch.equal(x[0], x[2])
     assert reward(x).mean() > reward(base).mean()
