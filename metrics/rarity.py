@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
-_CHUNK = 1 << 24
-"""Distances held at a time, 128 MB in float64."""
+from .neighbours import check_features, distances, leave_out_itself
 
 
 def average_knn_distance(
@@ -79,10 +76,10 @@ def rarity_score(reference: torch.Tensor, samples: torch.Tensor | None = None, *
     own = samples is None
     reference, samples = _checked(reference, samples, neighbours)
     scores = []
-    for begin, distances in _distances(reference, samples):
+    for begin, found in distances(samples, reference, by_differences=True):
         if own:
-            _leave_out(distances, begin)
-        scores.append(torch.where(distances <= radii, radii, torch.inf).amin(1))
+            leave_out_itself(found, begin)
+        scores.append(torch.where(found <= radii, radii, torch.inf).amin(1))
     found = torch.cat(scores)
     return torch.where(found.isinf(), torch.nan, found)
 
@@ -97,38 +94,18 @@ def _nearest(reference: torch.Tensor, samples: torch.Tensor | None, count: int) 
     own = samples is None
     reference, samples = _checked(reference, samples, count)
     values, numbers = [], []
-    for begin, distances in _distances(reference, samples):
+    for begin, found in distances(samples, reference, by_differences=True):
         if own:
-            _leave_out(distances, begin)
-        nearest = distances.topk(count, dim=1, largest=False)
+            leave_out_itself(found, begin)
+        nearest = found.topk(count, dim=1, largest=False)
         values.append(nearest.values)
         numbers.append(nearest.indices)
     return torch.cat(values), torch.cat(numbers)
 
 
-def _distances(reference: torch.Tensor, samples: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Number of the first sample, and the distances of it and some more to all real images."""
-    rows = max(1, _CHUNK // len(reference))
-    for begin in range(0, len(samples), rows):
-        # By differences: through products, close points lose all their digits.
-        part = samples[begin : begin + rows]
-        yield begin, torch.cdist(part, reference, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _leave_out(distances: torch.Tensor, begin: int) -> None:
-    """Nobody is his own neighbour."""
-    rows = torch.arange(len(distances), device=distances.device)
-    distances[rows, rows + begin] = torch.inf
-
-
 def _checked(reference: torch.Tensor, samples: torch.Tensor | None, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in float64; the reference itself where there are no samples."""
-    features = {"reference": reference} if samples is None else {"reference": reference, "samples": samples}
-    for name, values in features.items():
-        if values.ndim != 2 or not values.numel() or values.shape[1] != reference.shape[1]:
-            raise ValueError(f"{name} has shape {tuple(values.shape)}; give (count, D), D as of the reference")
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{name} has values that are not finite; check the images for NaN")
+    check_features(**({"reference": reference} if samples is None else {"reference": reference, "samples": samples}))
     others = len(reference) - (samples is None)
     if not 1 <= count <= others:
         raise ValueError(f"neighbours {count} must lie in 1 to {others}, the other real images; give more of them")

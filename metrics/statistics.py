@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +25,7 @@ class FeatureStatistics(Metric):
 
     Args:
         size: number D of features.
+        settings: of ``torchmetrics.Metric``, such as ``sync_on_compute=False`` for features of this process alone.
     """
 
     full_state_update = False
@@ -31,8 +35,8 @@ class FeatureStatistics(Metric):
     total: torch.Tensor
     products: torch.Tensor
 
-    def __init__(self, size: int) -> None:
-        super().__init__()
+    def __init__(self, size: int, **settings: Any) -> None:
+        super().__init__(**settings)
         if size < 1:
             raise ValueError(f"size={size}: give the number of features, at least 1")
         self.size = size
@@ -64,16 +68,30 @@ class FeatureStatistics(Metric):
         Raises:
             ValueError: fewer than two vectors were added.
         """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 feature vectors, not {self.count}; call update first")
-        mean = self.total / self.count
-        centred = self.products - self.count * torch.outer(mean, mean)
-        return mean, (centred + centred.T) / (2.0 * (self.count - 1))
+        return moments(self.count, self.total, self.products)
 
     @property
     def count(self) -> int:
         """Number of feature vectors added."""
         return int(self.number)
+
+
+def moments(count: int, total: torch.Tensor, products: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean ``(D,)`` and unbiased covariance ``(D, D)`` of feature vectors.
+
+    Args:
+        count: of the vectors.
+        total: their sum, ``(D,)`` float64.
+        products: the sum of their outer products with themselves, ``(D, D)`` float64.
+
+    Raises:
+        ValueError: fewer than two vectors.
+    """
+    if count < 2:
+        raise ValueError(f"a covariance needs at least 2 feature vectors, not {count}; call update first")
+    mean = total / count
+    centred = products - count * torch.outer(mean, mean)
+    return mean, (centred + centred.T) / (2.0 * (count - 1))
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,8 @@ class ReferenceStatistics:
         extractor: fingerprint of the feature extractor.
         data: fingerprint of the images, SHA-256 of their bytes.
         preprocessing: what happened to an image before the extractor.
+        features: of some or all of the images, ``(K, D)`` float32, or ``None``.
+        image_shape: channels, height and width of the images, where known.
     """
 
     mean: torch.Tensor
@@ -95,35 +115,56 @@ class ReferenceStatistics:
     extractor: str
     data: str
     preprocessing: str
+    features: torch.Tensor | None = None
+    image_shape: tuple[int, int, int] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the statistics were made from: data, extractor and preprocessing."""
+        return hashlib.sha256("\n".join((self.data, self.extractor, self.preprocessing)).encode()).hexdigest()
+
+    @property
+    def singular(self) -> bool:
+        """Whether there are too few images for a covariance of full rank: no more than features."""
+        return self.count <= len(self.mean)
 
     def save(self, path: str | Path) -> None:
         """Writes one ``.safetensors`` file."""
         path = Path(path)
         tensors = {"mean": self.mean.double().contiguous(), "covariance": self.covariance.double().contiguous()}
+        if self.features is not None:
+            tensors["features"] = self.features.float().contiguous()
         metadata = {
             "count": str(self.count),
             "extractor": self.extractor,
             "data": self.data,
             "preprocessing": self.preprocessing,
         }
+        if self.image_shape is not None:
+            metadata["image_shape"] = json.dumps(self.image_shape)
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(save(tensors, metadata=metadata))
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: str | Path, *, extractor: str) -> ReferenceStatistics:
+    def load(
+        cls, path: str | Path, *, extractor: str, data: str | None = None, preprocessing: str | None = None
+    ) -> ReferenceStatistics:
         """Reads a file written by `save`.
 
         Args:
             path: the file.
             extractor: fingerprint of the extractor whose features are to be compared with these.
+            data: fingerprint of the images that they must be of; by default of any.
+            preprocessing: that the images must have had; by default any.
 
         Raises:
-            ValueError: no such file, or one made with another extractor.
+            ValueError: no such file, or one made with another extractor, of other images, or prepared otherwise.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
+                shape = json.loads(metadata.get("image_shape", "null"))
                 found = cls(
                     mean=file.get_tensor("mean"),
                     covariance=file.get_tensor("covariance"),
@@ -131,6 +172,8 @@ class ReferenceStatistics:
                     extractor=metadata["extractor"],
                     data=metadata["data"],
                     preprocessing=metadata["preprocessing"],
+                    features=file.get_tensor("features") if "features" in file.keys() else None,  # noqa: SIM118
+                    image_shape=None if shape is None else (shape[0], shape[1], shape[2]),
                 )
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(f"path {path} holds no reference statistics: {error}") from error
@@ -138,6 +181,15 @@ class ReferenceStatistics:
             raise ValueError(
                 f"path {path} was made with extractor {found.extractor[:12]}, not {extractor[:12]}: features of "
                 "different extractors are not comparable; make the statistics anew with this one"
+            )
+        if data is not None and found.data != data:
+            raise ValueError(
+                f"path {path} was made of images {found.data[:12]}, not {data[:12]}; make the statistics anew of these"
+            )
+        if preprocessing is not None and found.preprocessing != preprocessing:
+            raise ValueError(
+                f"path {path} was made of images prepared by {found.preprocessing!r}, not by {preprocessing!r}; "
+                "make the statistics anew"
             )
         return found
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "Make images with a model and a sampler.",
     "tune": "Fit a sampler to a model, a number of steps and a guidance scale.",
     "train": "Train a small class-conditional model on your own images.",
+    "fid": "Measure a model's images against real ones.",
     "bench": "Measure samplers on the bundled models and on exact ground truth.",
     "replicate": "Measure the claims of the papers again, and write a report.",
 }

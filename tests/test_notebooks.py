@@ -27,4 +27,4 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
 
 
 def test_there_are_notebooks() -> None:
-    assert {path.stem for path in NOTEBOOKS} >= {"samplers", "steering"}
+    assert {path.stem for path in NOTEBOOKS} >= {"evaluation", "samplers", "steering"}

@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from torchmetrics.image.fid import _compute_fid
 
-from fewstep.metrics import frechet_distance
+from fewstep.metrics import class_frechet_distances, frechet_distance
 
 
 def covariance(size: int, seed: int, rank: int | None = None) -> torch.Tensor:
@@ -83,3 +83,31 @@ def test_bad_input() -> None:
         frechet_distance(mean, eye, torch.zeros(1, 3), eye)
     with pytest.raises(ValueError, match="covariance_b has values that are not finite"):
         frechet_distance(mean, eye, mean, eye * math.nan)
+
+
+def test_distance_within_classes() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features, reference = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (60, 90))
+    labels, reference_labels = torch.arange(60) % 3 + 4, torch.arange(90) % 4 + 3
+    found = class_frechet_distances(features, labels, reference, reference_labels)
+    assert list(found) == [4, 5, 6]
+    for label, distance in found.items():
+        a, b = features[labels == label], reference[reference_labels == label]
+        expected = frechet_distance(a.mean(0), torch.cov(a.T), b.mean(0), torch.cov(b.T))
+        assert distance == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(ValueError, match="class 7 has 60 generated and 0 real images"):
+        class_frechet_distances(features, torch.full((60,), 7), reference, reference_labels)
+    with pytest.raises(ValueError, match="reference_labels have shape"):
+        class_frechet_distances(features, labels, reference, reference_labels[1:])
+
+
+def test_few_samples_of_many_features_agree_with_scipy() -> None:
+    """Singular covariances of real sizes: 40 samples, 100 features."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (scale * torch.randn(40, 100, generator=generator, dtype=torch.float64) for scale in (1.0, 1.5))
+    moments = [moment for x in (a, b) for moment in (x.mean(0), torch.cov(x.T))]
+    # The nonzero eigenvalues of AB are those of a small matrix without roots of zeros.
+    ca, cb = ((x - x.mean(0)) / 39**0.5 for x in (a, b))
+    overlap = scipy.linalg.svdvals((ca @ cb.T).numpy()).sum()
+    expected = float((moments[0] - moments[2]).square().sum() + moments[1].trace() + moments[3].trace()) - 2.0 * overlap
+    assert frechet_distance(*moments) == pytest.approx(expected, rel=1e-10)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.metrics import average_knn_distance, local_outlier_factor, rarity, rarity_score
+from fewstep.metrics import average_knn_distance, local_outlier_factor, neighbours, rarity_score
 
 METRICS = [average_knn_distance, local_outlier_factor, rarity_score]
 
@@ -55,7 +55,7 @@ class BruteForce:
 @pytest.mark.parametrize("count", [1, 3, 7])
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
 def test_metrics_are_their_definitions(count: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rarity, "_CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
     real, others = points(40, 0), 1.3 * points(25, 1)
     truth = BruteForce(real, count)
     near = [nearest(x, truth.real, count) for x in others.tolist()]
