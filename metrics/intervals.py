@@ -38,14 +38,25 @@ class Estimate:
         Raises:
             ValueError: ``confidence`` is out of its range.
         """
+        half = self.half_width(confidence)
+        return max(self.value - half, self.lowest), min(self.value + half, self.highest)
+
+    def half_width(self, confidence: float = 0.95) -> float:
+        """Half of `interval`, where no bound of the figure cuts it.
+
+        Args:
+            confidence: in (0, 1).
+
+        Raises:
+            ValueError: ``confidence`` is out of its range.
+        """
         if not 0.0 < confidence < 1.0:
             raise ValueError(f"confidence={confidence}: give a number between 0 and 1, such as 0.95")
         groups = len(self.left_out)
         mean = math.fsum(self.left_out) / groups
         squares = math.fsum((value - mean) ** 2 for value in self.left_out)
         error = math.sqrt(squares * (groups - 1) / groups)
-        half = float(stdtrit(groups - 1, (1.0 + confidence) / 2.0)) * error
-        return max(self.value - half, self.lowest), min(self.value + half, self.highest)
+        return float(stdtrit(groups - 1, (1.0 + confidence) / 2.0)) * error
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The difference of two figures whose images are paired: the same count, and seeds or data in common."""

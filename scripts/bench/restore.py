@@ -12,14 +12,13 @@ import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from fewstep.metrics import DigitsClassifier, FeatureStatistics, frechet_distance
+from fewstep.metrics import DigitsClassifier, Estimate, FeatureStatistics, frechet_distance, jackknife
 from fewstep.samplers import MRSamplerScheduler, RestorationPipeline
 
 from ..generation.model import load_model
 from ..training.data import load_images
 from ..training.degradation import degrade
 from . import reverse_sde
-from .estimates import Estimate, estimate
 
 Restore = Callable[[RestorationPipeline, torch.Tensor, int, Sequence[torch.Generator]], torch.Tensor]
 
@@ -176,7 +175,7 @@ class Bench:
         statistics = {name: functools.partial(_mean, of) for name, of in values.items()}
         distance = functools.partial(_distance, features, self._clean_features)
         return {
-            name: estimate(statistic, len(images)) for name, statistic in {**statistics, "frechet": distance}.items()
+            name: jackknife(statistic, len(images)) for name, statistic in {**statistics, "frechet": distance}.items()
         }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replace_file
-from .estimates import Estimate, half_width
+from .estimates import from_json, to_json
 from .output import environment, table
 from .restore import BASELINES, MEASURES, METHODS, Point, Settings
 
@@ -17,8 +17,8 @@ from .restore import BASELINES, MEASURES, METHODS, Point, Settings
 def equal_or_better(point: Point, than: Point, measure: str) -> bool:
     """Whether no loss against another point shows: it is within the 95 % interval of the paired difference."""
     one, other = point.figures[measure], than.figures[measure]
-    gain = MEASURES[measure].best * (one.value - other.value)
-    return gain >= -half_width([a - b for a, b in zip(one.left_out, other.left_out, strict=True)])
+    gain = one - other
+    return MEASURES[measure].best * gain.value >= -gain.half_width()
 
 
 def fewest_calls(points: Sequence[Point], than: Point, measure: str) -> Point | None:
@@ -61,7 +61,7 @@ def restore_table(points: Sequence[Point]) -> str:
         figures = []
         for name, measure in MEASURES.items():
             estimate = point.figures[name]
-            figures.append(f"{estimate.value:.{measure.digits}f} +- {half_width(estimate.left_out):.{measure.digits}f}")
+            figures.append(f"{estimate.value:.{measure.digits}f} +- {estimate.half_width():.{measure.digits}f}")
         rows.append([point.method, str(point.calls), *figures])
     return table(["method", "calls", *(f"{measure.title}, 95 %" for measure in MEASURES.values())], rows)
 
@@ -76,7 +76,10 @@ def report(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     return {
         "environment": environment(),
         "settings": asdict(settings),
-        "points": [asdict(point) for point in _ordered(points)],
+        "points": [
+            {**vars(point), "figures": {name: to_json(figure) for name, figure in point.figures.items()}}
+            for point in _ordered(points)
+        ],
         "claims": claims(points),
     }
 
@@ -96,10 +99,7 @@ def read_points(path: Path, settings: Settings) -> list[Point]:
             Point(
                 entry["method"],
                 entry["calls"],
-                {
-                    name: Estimate(entry["figures"][name]["value"], tuple(entry["figures"][name]["left_out"]))
-                    for name in MEASURES
-                },
+                {name: from_json(entry["figures"][name]) for name in MEASURES},
             )
             for entry in content["points"]
         ]
@@ -133,7 +133,7 @@ def plot_restore(settings: Settings, points: Sequence[Point], path: Path) -> Non
             panel.errorbar(
                 [point.calls for point in its],
                 [point.figures[name].value for point in its],
-                yerr=[half_width(point.figures[name].left_out) for point in its],
+                yerr=[point.figures[name].half_width() for point in its],
                 label=method,
                 marker="o",
                 capsize=2,

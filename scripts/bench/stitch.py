@@ -14,7 +14,7 @@ import torch
 from diffusers import DiTPipeline
 from tqdm import tqdm
 
-from fewstep.metrics import DigitsClassifier, class_agreement, digits_statistics
+from fewstep.metrics import DigitsClassifier, Estimate, class_agreement, digits_statistics
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers.stitch import StitchedDenoiser
 
@@ -22,7 +22,7 @@ from ..files import replace_file
 from ..generation.model import load_model
 from ..generation.stitched import check_interchangeable
 from .digits import features_of, generate
-from .estimates import frechet_estimate, half_width
+from .estimates import frechet_estimate, from_json, to_json
 from .output import environment, table
 
 _TIMED_ON = ("processor", "torch_threads")
@@ -64,16 +64,14 @@ class Point:
     Attributes:
         fraction: of the steps, that the small model makes.
         small_steps: how many these are.
-        frechet_distance: of the bundled classifier's features to MNIST's training set.
-        left_out: the distance without each of the groups of images in turn, for intervals.
+        frechet: distance of the bundled classifier's features to MNIST's training set.
         class_agreement: share of images of the class asked for.
         seconds: per image, the median over the batches; the decoder included.
     """
 
     fraction: float
     small_steps: int
-    frechet_distance: float
-    left_out: tuple[float, ...]
+    frechet: Estimate
     class_agreement: float
     seconds: float
 
@@ -128,13 +126,11 @@ class Curve:
             with torch.no_grad():
                 features.append(features_of(self._classifier, images))
                 logits.append(self._classifier.classify(features[-1]))
-        distance = frechet_estimate(torch.cat(features), self._reference)
         steps = self._pipeline.scheduler.num_inference_steps
         return Point(
             fraction=fraction,
             small_steps=sum(stitched.model_of_step(i, steps) == 0 for i in range(steps)),
-            frechet_distance=distance.value,
-            left_out=distance.left_out,
+            frechet=frechet_estimate(torch.cat(features), self._reference),
             class_agreement=class_agreement(torch.cat(logits), torch.arange(settings.count) % 10).rate,
             seconds=statistics.median(seconds),
         )
@@ -148,7 +144,11 @@ class Curve:
 def report(settings: Settings, points: Sequence[Point]) -> dict[str, Any]:
     """The content of the JSON file, from which a curve goes on."""
     ordered = sorted(points, key=lambda point: point.fraction)
-    return {"environment": environment(), "settings": asdict(settings), "points": [asdict(p) for p in ordered]}
+    return {
+        "environment": environment(),
+        "settings": asdict(settings),
+        "points": [{**vars(point), "frechet": to_json(point.frechet)} for point in ordered],
+    }
 
 
 def read_points(path: Path, settings: Settings) -> list[Point]:
@@ -162,7 +162,7 @@ def read_points(path: Path, settings: Settings) -> list[Point]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         found: dict[str, Any] = {**content["settings"], **{key: content["environment"][key] for key in _TIMED_ON}}
-        points = [Point(**{**entry, "left_out": tuple(entry["left_out"])}) for entry in content["points"]]
+        points = [Point(**{**entry, "frechet": from_json(entry["frechet"])}) for entry in content["points"]]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"--json {path} holds no curve of this benchmark; give another file") from error
     here = environment()
@@ -182,15 +182,15 @@ def stitch_table(points: Sequence[Point]) -> str:
         row = [
             f"{point.fraction:g}",
             str(point.small_steps),
-            f"{point.frechet_distance:.3f} +- {half_width(point.left_out):.3f}",
+            f"{point.frechet.value:.3f} +- {point.frechet.half_width():.3f}",
             "",
             f"{point.class_agreement:.4f}",
             f"{1e3 * point.seconds:.2f}",
             "",
         ]
         if alone is not None and point is not alone:
-            change = [a - b for a, b in zip(point.left_out, alone.left_out, strict=True)]
-            row[3] = f"{point.frechet_distance - alone.frechet_distance:+.3f} +- {half_width(change):.3f}"
+            change = point.frechet - alone.frechet
+            row[3] = f"{change.value:+.3f} +- {change.half_width():.3f}"
             row[6] = f"{alone.seconds / point.seconds:.2f}"
         rows.append(row)
     header = ["fraction", "small steps", "Frechet (95 %)", "change (95 %)", "agreement", "ms/image", "speed-up"]
@@ -213,8 +213,8 @@ def plot_stitch(settings: Settings, points: Sequence[Point], path: Path) -> None
     distance, duration = figure.subplots(1, 2)
     distance.errorbar(
         fractions,
-        [point.frechet_distance for point in ordered],
-        yerr=[half_width(point.left_out) for point in ordered],
+        [point.frechet.value for point in ordered],
+        yerr=[point.frechet.half_width() for point in ordered],
         color="#0072B2",
         marker="o",
         capsize=3,

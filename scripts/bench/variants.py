@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from tqdm import tqdm
 from fewstep.metrics import (
     ChannelNormalization,
     DigitsClassifier,
+    Estimate,
     ReferenceStatistics,
     digits_statistics,
+    jackknife,
     magnitude_score,
 )
 from fewstep.samplers import SAMPLERS, PlanScheduler
@@ -23,7 +25,7 @@ from fewstep.samplers import SAMPLERS, PlanScheduler
 from ..generation.choices import unknown
 from ..generation.options import parse_options
 from ..tuning.task import ends
-from .estimates import Estimate, change, estimate, frechet_estimate, half_width
+from .estimates import frechet_estimate, from_json, to_json
 from .output import table
 from .tuned import Digits
 
@@ -101,7 +103,7 @@ class Variants:
             guidance_scale=guidance_scale,
             calls=len(scheduler.timesteps),
             frechet=frechet_estimate(torch.cat(features), self._reference),
-            magnitude=estimate(lambda chosen: float(score[chosen].mean()), self.count),
+            magnitude=jackknife(lambda kept: float(score[kept].mean()), self.count),
         )
 
 
@@ -115,7 +117,7 @@ def variants_table(points: Sequence[Point]) -> str:
             row = [point.sampler, str(point.calls)]
             for name in ("magnitude", "frechet"):
                 figure, base = getattr(point, name), getattr(block[0], name)
-                row += [_cell(figure, ".3f"), "" if point is block[0] else _cell(change(figure, base), "+.3f")]
+                row += [_cell(figure, ".3f"), "" if point is block[0] else _cell(figure - base, "+.3f")]
             rows.append(row)
         title = "no guidance" if scale == 1.0 else f"guidance {scale:g}"
         blocks.append(table([title, "calls", "magnitude score (95 %)", "change", "Frechet (95 %)", "change"], rows))
@@ -123,12 +125,18 @@ def variants_table(points: Sequence[Point]) -> str:
 
 
 def _cell(figure: Estimate, form: str) -> str:
-    return f"{figure.value:{form}} +- {half_width(figure.left_out):.3f}"
+    return f"{figure.value:{form}} +- {figure.half_width():.3f}"
 
 
 def report(settings: Mapping[str, Any], points: Sequence[Point]) -> dict[str, Any]:
     """The JSON form."""
-    return {"settings": dict(settings), "points": [asdict(point) for point in points]}
+    return {
+        "settings": dict(settings),
+        "points": [
+            {**vars(point), "frechet": to_json(point.frechet), "magnitude": to_json(point.magnitude)}
+            for point in points
+        ],
+    }
 
 
 def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
@@ -142,7 +150,7 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = [
-            Point(**{**one, **{name: _estimate(one[name]) for name in ("frechet", "magnitude")}})
+            Point(**{**one, **{name: from_json(one[name]) for name in ("frechet", "magnitude")}})
             for one in data["points"]
         ]
         same = data["settings"] == settings
@@ -151,7 +159,3 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
     if not same:
         raise ValueError(f"--json {path} holds points of other settings; give another file, or the same settings")
     return found
-
-
-def _estimate(entry: Mapping[str, Any]) -> Estimate:
-    return Estimate(entry["value"], tuple(entry["left_out"]))

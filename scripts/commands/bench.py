@@ -14,6 +14,7 @@ _LATER = {
     "stitch": "Measure T-Stitch: a small model makes the early steps.",
     "tuned": "Measure tuned samplers against the best of diffusers.",
     "variants": "Measure samplers against one that they vary: momentum, shifted times.",
+    "minority": "Measure minority guidance: rarity and agreement against its scale.",
     "restore": "Measure restoration of degraded digits against network calls.",
 }
 """Subcommands in files of their own, and their lines in the help."""

@@ -100,14 +100,14 @@ METHODS: Mapping[str, Method] = {
     ),
     "minority": Method(
         "towards a class of a classifier of rare samples",
-        {"target": 9, "scale": 2.0, "classifier": None},
+        {"target": 9, "scale": 1.0, "classifier": None},
         "either",
         needs_reward=False,
         particles=False,
     ),
     "self-minority": Method(
         "towards rare samples by the model alone",
-        {"scale": 0.3, "timestep": 800.0, "every": 1, "distance": "squared"},
+        {"scale": 0.1, "timestep": 800.0, "every": 1, "distance": "squared"},
         "either",
         needs_reward=False,
         particles=False,

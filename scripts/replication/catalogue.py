@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import fitted, solvers, trajectories
+from . import fitted, solvers, steering, trajectories
 
-CLAIMS = (*solvers.CLAIMS, *fitted.CLAIMS, *trajectories.CLAIMS)
+CLAIMS = (*solvers.CLAIMS, *fitted.CLAIMS, *trajectories.CLAIMS, *steering.CLAIMS)

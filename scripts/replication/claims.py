@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from ..bench.estimates import Estimate, half_width
+from fewstep.metrics import Estimate
+
 from ..generation.pictures import image_grid
 
 HOLDS, IN_PART, NOT_HERE = "holds", "holds in part", "not here"
@@ -132,8 +133,8 @@ class Claim:
 def percent(old: Estimate, new: Estimate) -> tuple[float, float, float]:
     """Relative change of a figure in percent, with its 95 % interval from pairs of left-out groups."""
     value = 100.0 * (new.value / old.value - 1.0)
-    half = half_width([100.0 * (b / a - 1.0) for a, b in zip(old.left_out, new.left_out, strict=True)])
-    return value, value - half, value + half
+    pairs = zip(old.left_out, new.left_out, strict=True)
+    return value, *Estimate(value, tuple(100.0 * (b / a - 1.0) for a, b in pairs)).interval()
 
 
 def digit_grid(images: torch.Tensor, columns: int) -> Image.Image:

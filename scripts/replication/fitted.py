@@ -20,7 +20,7 @@ def _comparison(scale: Scale, guidance_scale: float) -> tuple[str, Comparison]:
     """A quick one is on the mixture, where a network call costs nothing; the other on digits."""
     name = "mixture" if scale.quick else scale.model
     subject: Subject = Mixture(guidance_scale) if scale.quick else Digits(name, guidance_scale)
-    size = Size(held_out=50, images=100, iterations=2, rounds=1, polish=150) if scale.quick else Size(iterations=5)
+    size = Size(held_out=50, images=100, iterations=12, rounds=1, polish=150) if scale.quick else Size(iterations=5)
     return name, Comparison(subject, guidance_scale, size, scale.folder / name)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fewstep.metrics import Estimate
 from fewstep.samplers import SAMPLERS
 
 from ..bench.digits import generate
-from ..bench.estimates import Estimate, change, half_width
 from ..bench.restore import MEASURES, Bench
 from ..bench.restore import Settings as RestoreSettings
 from ..bench.stitch import Curve
@@ -40,18 +40,13 @@ def _stitch(scale: Scale) -> Measurement:
     curve = Curve(settings)
     curve.warm_up()
     alone, *stitched = (curve.measure(fraction) for fraction in (0.0, 0.2, 0.4))
-    findings = []
-    for point in stitched:
-        base = Estimate(alone.frechet_distance, alone.left_out)
-        findings.append(_no_loss(f"share {point.fraction:g}", base, Estimate(point.frechet_distance, point.left_out)))
-    return Measurement(findings)
+    return Measurement(
+        [_no_loss(f"share {point.fraction:g}: Frechet distance", point.frechet - alone.frechet) for point in stitched]
+    )
 
 
-def _no_loss(setting: str, base: Estimate, other: Estimate) -> Finding:
-    loss = change(other, base)
-    half = half_width(loss.left_out)
-    title = f"digits-large after digits-small, 20 steps, {setting}: Frechet distance"
-    return Finding(title, loss.value, loss.value - half, loss.value + half, 0.0, "no more than", "")
+def _no_loss(setting: str, loss: Estimate) -> Finding:
+    return Finding(setting, loss.value, *loss.interval(), 0.0, "no more than", "")
 
 
 def _mean_reverting(scale: Scale) -> Measurement:
@@ -65,12 +60,9 @@ def _mean_reverting(scale: Scale) -> Measurement:
         for name, measure in MEASURES.items():
             # A loss, whichever way the measure goes.
             base, other = slow.figures[name], point.figures[name]
-            loss = change(other, base) if measure.best < 0 else change(base, other)
-            half = half_width(loss.left_out)
-            setting = (
-                f"digits-restore, {steps} calls against {theirs} of the Euler reverse SDE: loss of {measure.title}"
-            )
-            findings.append(Finding(setting, loss.value, loss.value - half, loss.value + half, 0.0, "no more than", ""))
+            loss = other - base if measure.best < 0 else base - other
+            setting = f"{steps} calls against {theirs} of the Euler reverse SDE: loss of {measure.title}"
+            findings.append(_no_loss(setting, loss))
     return Measurement(findings)
 
 

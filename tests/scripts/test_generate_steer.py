@@ -28,7 +28,7 @@ CALLS: dict[str, tuple[tuple[object, ...], int]] = {
     "svdd": (("temperature=0",), 4 * 3),
     "dts": (("selection=uniform",), 4 * 3),
     "dts-star": (("calls=10", "scale=inf", "parallel=2"), 10),
-    "minority": (("scale=1",), 3),
+    "minority": (("scale=2",), 3),
     "self-minority": (("distance=absolute",), 3 + 2 * 3),
 }
 """Options, and network calls an image at 3 steps with 4 particles, by the definition of the method."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fewstep.scripts.bench.estimates import Estimate
+from fewstep.metrics import Estimate
 from fewstep.scripts.replication import run as running
 from fewstep.scripts.replication.catalogue import CLAIMS
 from fewstep.scripts.replication.claims import (
@@ -32,8 +32,8 @@ EXPECTED = {
     "momentum": IN_PART,  # solvers of order 2 have nothing to be damped
     "dc-solver": HOLDS,
     "s3": IN_PART,
-    "learned": IN_PART,
-    "time-shift": HOLDS,
+    "learned": HOLDS,
+    "time-shift": IN_PART,  # few images leave wide intervals
     "t-stitch": HOLDS,
     "mean-reverting": HOLDS,
 }

@@ -14,10 +14,9 @@ import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from fewstep.metrics import DigitsClassifier, digits_statistics
+from fewstep.metrics import DigitsClassifier, Estimate, digits_statistics
 from fewstep.samplers import SAMPLERS, StitchedDenoiser
 from fewstep.scripts.bench.digits import measure
-from fewstep.scripts.bench.estimates import half_width
 from fewstep.scripts.bench.output import environment
 from fewstep.scripts.bench.stitch import (
     Point,
@@ -64,9 +63,9 @@ def test_the_ends_of_the_curve_are_the_two_models(curve: Path) -> None:
             steps=STEPS, count=COUNT, scale=1.0, batch_size=BATCH, seed=SEED,
         )  # fmt: skip
         # A rounded pixel may differ where the weights lie elsewhere in memory.
-        assert point["frechet_distance"] == pytest.approx(expected["frechet_distance"], rel=1e-3)
+        assert point["frechet"]["value"] == pytest.approx(expected["frechet_distance"], rel=1e-3)
         assert point["class_agreement"] == pytest.approx(expected["class_agreement"], abs=0.011)
-    distances = [point["frechet_distance"] for point in content["points"]]
+    distances = [point["frechet"]["value"] for point in content["points"]]
     assert len(set(distances)) == 3
 
 
@@ -89,7 +88,7 @@ def test_a_curve_goes_on_where_it_stopped(curve: Path, tmp_path: Path, monkeypat
             measured.append(fraction)
             if fraction == 0.9:
                 raise KeyboardInterrupt
-            return Point(fraction, 2, 7.0, (7.0,) * 20, 1.0, 0.1)
+            return Point(fraction, 2, Estimate(7.0, (7.0,) * 20), 1.0, 0.1)
 
     monkeypatch.setattr("fewstep.scripts.bench.stitch.Curve", Fake)
     interrupted = run(file, "0,0.4,0.7,0.9,1", device="cpu")
@@ -110,13 +109,13 @@ def test_changes_are_between_the_same_groups() -> None:
     """Two curves that move together: the change is certain although neither distance is."""
     wobble = [math.sin(k) for k in range(20)]
     points = [
-        Point(1.0, 10, 3.5, tuple(3.5 + w for w in wobble), 0.9, 0.01),
-        Point(0.0, 0, 3.0, tuple(3.0 + w for w in wobble), 0.95, 0.04),
+        Point(1.0, 10, Estimate(3.5, tuple(3.5 + w for w in wobble)), 0.9, 0.01),
+        Point(0.0, 0, Estimate(3.0, tuple(3.0 + w for w in wobble)), 0.95, 0.04),
     ]
     header, alone, small = stitch_table(points).splitlines()
     assert header.split("  ")[0] == "fraction"
     assert alone.split()[:2] == ["0", "0"]
-    assert f"3.500 +- {half_width(wobble):.3f}" in small
+    assert f"3.500 +- {points[0].frechet.half_width():.3f}" in small
     assert "+0.500 +- 0.000" in small
     assert small.split()[-2:] == ["10.00", "4.00"]
     assert "+0.500" not in stitch_table(points[:1])
@@ -124,7 +123,7 @@ def test_changes_are_between_the_same_groups() -> None:
 
 def test_the_plot_names_what_it_shows(tmp_path: Path) -> None:
     settings = Settings("digits-small", "/models/mine", "unipc", 12, 300, 2.0, 50, 0, "cpu")
-    points = [Point(fraction, 0, 3.0, (3.0,) * 20, 0.9, 0.01) for fraction in (0.0, 0.5)]
+    points = [Point(fraction, 0, Estimate(3.0, (3.0,) * 20), 0.9, 0.01) for fraction in (0.0, 0.5)]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot_stitch(settings, points, tmp_path / "curve.svg")
     picture = (tmp_path / "curve.svg").read_text()
