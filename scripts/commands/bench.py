@@ -16,6 +16,7 @@ _LATER = {
     "variants": "Measure samplers against one that they vary: momentum, shifted times.",
     "minority": "Measure minority guidance: rarity and agreement against its scale.",
     "restore": "Measure restoration of degraded digits against network calls.",
+    "steer": "Measure steering towards some digits against network calls.",
 }
 """Subcommands in files of their own, and their lines in the help."""
 
