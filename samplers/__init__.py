@@ -24,6 +24,7 @@ from .per_sample import DenoisingChain
 from .plan import Call, Plan, Row
 from .pndm import FPNDMScheduler
 from .registry import SAMPLERS, Sampler, register
+from .rows import GuidedOutput
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
 from .searched import SearchedScheduler
@@ -66,6 +67,7 @@ __all__ = [
     "FlowSchedule",
     "GHVBScheduler",
     "Guidance",
+    "GuidedOutput",
     "GuidedRun",
     "GuidedStep",
     "HeavyBallScheduler",

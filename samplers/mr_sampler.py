@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from .builder import PlanBuilder
-from .execute import accumulation_dtype
 from .mean_reverting import MeanRevertingSchedule
 from .options import DEFAULTS, ScheduleConfig, own_options, scheduler_options
 from .plan import Plan
 from .registry import SAMPLERS
+from .rows import accumulation_dtype
 from .schedule import NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
 from .time_shift import TimeShiftScheduler

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from .denoisers.denoiser import Denoiser
-from .execute import Thresholding, accumulation_dtype
 from .noise import NoiseStreams
 from .plan import NOISE, PREDICTION, SAMPLE, Plan
+from .rows import Thresholding, accumulation_dtype
 from .scheduler import PlanScheduler
 from .trajectory import Network, limits_of
 

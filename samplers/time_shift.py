@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .execute import accumulation_dtype
 from .options import ScheduleConfig, own_options, scheduler_options
 from .plan import Call, Plan
 from .pndm import FPNDMScheduler
 from .prediction import conversions
 from .registry import SAMPLERS, Sampler, register
+from .rows import accumulation_dtype
 from .schedule import Array, NoiseSchedule
 from .scheduler import Floats, PlanScheduler, PlanSchedulerOutput
 
