@@ -18,6 +18,7 @@ from .guided import Guidance, GuidedRun, GuidedStep
 from .heavy_ball import HeavyBallScheduler
 from .learned import LearnedScheduler, LearnedTable
 from .loop import sample
+from .loop_graph import clear_graphs
 from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
 from .per_sample import DenoisingChain
@@ -96,6 +97,7 @@ __all__ = [
     "TimeShiftScheduler",
     "Trajectory",
     "UniPCScheduler",
+    "clear_graphs",
     "fine_trajectory",
     "fit_plan",
     "known_schedule",

@@ -8,6 +8,7 @@ import torch
 
 from .fused.backend import FusedRows, check_backend, pass_for, serves
 from .fused.operands import Gathered, Kept, gathered, reordered
+from .fused.table import PlanTable
 from .noise import NoiseToDraw
 from .plan import Plan
 from .rows import GuidedOutput, Thresholding, TorchRows, accumulation_dtype, compiled
@@ -102,10 +103,10 @@ class PlanRun:
                 self._state = results.state
                 self.position += 1
                 return results.following, results.predicted
-        if type(model_output) is GuidedOutput:
+        if isinstance(model_output, GuidedOutput):
             model_output = model_output.combined()
         x = sample if sample.dtype is self._rows.dtype else self.widened(sample)
-        if type(noise) is NoiseToDraw:
+        if isinstance(noise, NoiseToDraw):
             noise = noise.draw(position, sample.shape, x.dtype)
         following, predicted = self._rows.execute(
             position, values, x, model_output, noise, owned=x is not sample, clean=clean
@@ -153,12 +154,14 @@ class PlanRun:
         if sample.device != self._device:
             self._gather()
             one_pass = pass_for(self._backend, sample.device)
-            arguments = (self._calls, self._slots, self._thresholding)
-            self._fused = None if one_pass is None else FusedRows(*arguments, one_pass, sample.device)
+            self._fused = None
+            if one_pass is not None:
+                table = PlanTable(self._calls, self._slots, clip=self._thresholding is not None)
+                self._fused = FusedRows(table, self._thresholding, one_pass, sample.device)
             self._device = sample.device
         if self._fused is None:
             return None
-        outputs = model_output[:2] if type(model_output) is GuidedOutput else (model_output,)
+        outputs = model_output[:2] if isinstance(model_output, GuidedOutput) else (model_output,)
         if serves(sample, *outputs, noise, *self._values):
             return self._fused
         self._gather()

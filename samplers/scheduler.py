@@ -272,13 +272,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         run = self._run
         if run is None or run.position + self._run_start != self._step_index or run.is_over:
             run = self._current_run()
-        if type(model_output) is GuidedOutput:
+        if isinstance(model_output, GuidedOutput):
             model_output = self._both_means(model_output, sample)
         elif model_output.shape != sample.shape:
             model_output = self._mean_of(model_output, sample)
         noise: torch.Tensor | NoiseToDraw | None = None
         if run.is_stochastic:
-            noise = self._noise(sample, generator, variance_noise)
+            noise = self._noise(self._step_index, sample, generator, variance_noise)
         if self._guidance is None:
             following, clean = run.step(sample, model_output, noise, clean=return_dict)
         else:
@@ -379,11 +379,27 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def _both_means(self, output: GuidedOutput, sample: torch.Tensor) -> GuidedOutput:
         """Both outputs in the shape of the sample."""
-        both = (v if v.shape == sample.shape else self._mean_of(v, sample) for v in output[:2])
-        return GuidedOutput(*both, output.scale)
+        first, second = (v if v.shape == sample.shape else self._mean_of(v, sample) for v in output[:2])
+        return GuidedOutput(first, second, output.scale)
+
+    def noises(
+        self, sample: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> list[torch.Tensor | NoiseToDraw]:
+        """The noise of a whole run: that of each call that reads noise, in order, as ``step`` would draw it.
+
+        Args:
+            sample: of the run's shape, dtype and device.
+            generator: as of ``step``.
+        """
+        first = self._begin_index or 0
+        self._run_start = first
+        return [
+            self._noise(first + k, sample, generator, None) for k, call in enumerate(self.plan) if call.is_stochastic
+        ]
 
     def _noise(
         self,
+        index: int,
         sample: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         variance_noise: torch.Tensor | None,
@@ -394,8 +410,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if generator is None and self._streams is not None:
             if isinstance(self._streams, PhiloxStreams):
                 return self._streams.at(len(sample), sample.device, self._run_start)
-            assert self._step_index is not None
-            return self._streams.draw(self._step_index, sample.shape, sample.device, dtype)
+            return self._streams.draw(index, sample.shape, sample.device, dtype)
         return draw_from(generator, sample.shape, sample.device, dtype)
 
     def manual_seed(self, seeds: int | Sequence[int] | None, *, in_kernel: bool = False) -> PlanScheduler:
@@ -428,6 +443,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """
         self._backend = check_backend(backend)
         return self
+
+    @property
+    def backend(self) -> str | None:
+        """What ``set_backend`` chose."""
+        return self._backend
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step does what the plan says and nothing more."""
+        own = type(self).step is not PlanScheduler.step or "theta_schedule" in self.config
+        return not own and self._guidance is None
 
     # ---------------------------------------------------------------- where a run stands
 

@@ -6,13 +6,13 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..noise import NoiseToDraw
-from ..rows import CompiledCall, GuidedOutput, Thresholding
+from ..rows import GuidedOutput, Thresholding
 from .operands import Kept, Operands, Results, guided, widened
 from .table import HEAD, CallLayout, PlanTable
 
@@ -97,33 +97,30 @@ class FusedRows:
     """Executes compiled calls in one pass each.
 
     Args:
-        calls: of the plan.
-        slots: their number.
+        table: of the plan.
         thresholding: of the predicted clean sample.
         one_pass: the kernel, or ``torch_pass``.
         device: of the samples.
         dtype: of accumulation.
-
-    Attributes:
-        table: the plan's matrices.
-        numbers: the same on the device.
     """
 
     def __init__(
         self,
-        calls: Sequence[CompiledCall],
-        slots: int,
+        table: PlanTable,
         thresholding: Thresholding | None,
         one_pass: Pass,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._thresholding, self._pass, self._dtype = thresholding, one_pass, dtype
-        self.table = PlanTable(calls, slots, clip=thresholding is not None)
+        self._layouts, self._thresholding, self._pass, self._dtype = table.layouts, thresholding, one_pass, dtype
         # The copy waits for nothing: its source is not pinned, so it was read when the call returns.
-        self.numbers = torch.from_numpy(self.table.numbers).to(dtype).to(device, non_blocking=True)
-        self._indices = torch.arange(len(calls), dtype=torch.int32, device=device).unbind()
+        self._numbers = torch.from_numpy(table.numbers).to(dtype).to(device, non_blocking=True)
+        self._indices = torch.arange(len(table.layouts), dtype=torch.int32, device=device).unbind()
         self._scale: tuple[float, torch.Tensor] | None = None
+
+    def load(self, table: PlanTable) -> None:
+        """Takes the numbers of another plan of the same layouts, in the place of those before."""
+        self._numbers.copy_(torch.from_numpy(table.numbers), non_blocking=True)
 
     def execute(
         self,
@@ -147,11 +144,11 @@ class FusedRows:
             noise: standard normal, where the call reads it.
             clean: whether the predicted clean sample is wanted.
         """
-        layout = self.table.layouts[position]
+        layout = self._layouts[position]
         unconditional = scale = None
         if isinstance(model_output, GuidedOutput):
-            scale = self._scale_of(model_output.scale)
-            model_output, unconditional = model_output.conditional, model_output.unconditional
+            scale, unconditional = self._scale_of(model_output.scale), model_output.unconditional
+            model_output = model_output.conditional
         operands = Operands(
             sample=sample,
             model_output=model_output,
@@ -162,12 +159,12 @@ class FusedRows:
             state=state,
             clip=self._thresholding is not None,
             bound=None,
-            table=self.numbers,
+            table=self._numbers,
             index=self._indices[position],
             clean=clean,
         )
         if self._thresholding is not None and self._thresholding.max_value != 1.0:
-            p, q = self.numbers[position, :HEAD].unbind()
+            p, q = self._numbers[position, :HEAD].unbind()
             operands.bound = self._thresholding.bound(widened(operands) * p + guided(operands) * q)
         results = self._pass(operands, layout)
         for slot, tensor in zip(layout.writes, results.kept, strict=True):
@@ -181,7 +178,7 @@ class FusedRows:
         if isinstance(scale, torch.Tensor):
             return scale
         if self._scale is None or self._scale[0] != scale:
-            self._scale = scale, torch.full((), scale, dtype=self._dtype, device=self.numbers.device)
+            self._scale = scale, torch.full((), scale, dtype=self._dtype, device=self._numbers.device)
         return self._scale[1]
 
 

@@ -96,8 +96,8 @@ def _layout(call: CompiledCall, slots: int, clip: bool) -> tuple[CallLayout, np.
         values[call.keep_prediction] = m
     writes = tuple(slot for slot, v in before.items() if values[slot] is not v and slot not in call.drop)
     matrix = np.stack([following, *(values[slot] for slot in writes), clean])
-    read = matrix.any(axis=0)
-    draws, reads = bool(read[2]), tuple(int(s) for s in np.flatnonzero(read) if s >= _FIRST_KEPT)
+    columns = np.flatnonzero(matrix.any(axis=0)).tolist()
+    draws, reads = 2 in columns, tuple(s for s in columns if s >= _FIRST_KEPT)
     matrix = matrix[:, [0, 1, *((2,) if draws else ()), *reads]]
     terms = tuple(tuple(np.flatnonzero(row).tolist()) for row in matrix)
     return CallLayout(draws, reads, writes, tuple(call.drop), terms), matrix

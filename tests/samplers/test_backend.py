@@ -13,6 +13,7 @@ from fewstep.samplers.execute import PlanRun
 from fewstep.samplers.fused import backend
 from fewstep.samplers.fused.backend import FusedRows, pass_for
 from fewstep.samplers.fused.operands import torch_pass
+from fewstep.samplers.fused.table import PlanTable
 from fewstep.samplers.rows import Thresholding, compiled
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -36,7 +37,7 @@ def test_matrices_are_the_plan(name: str, config: dict[str, object], limits: Thr
     plan = scheduler.plan
     exact = PlanRun(plan, limits, backend="torch")
     calls, slots = compiled(plan, fold=limits is None)
-    rows = FusedRows(calls, slots, limits, torch_pass, CPU, torch.float64)
+    rows = FusedRows(PlanTable(calls, slots, clip=limits is not None), limits, torch_pass, CPU, torch.float64)
     values: list[object] = [None] * slots
     x = y = normal(2, 3, 5, seed=1)
     for k, call in enumerate(plan):
@@ -58,7 +59,7 @@ def test_matrices_read_and_write_no_more_than_the_rows() -> None:
         scheduler = SAMPLERS[name].build(STABLE_DIFFUSION)
         scheduler.set_timesteps(10)
         calls, slots = compiled(scheduler.plan, fold=True)
-        layout = FusedRows(calls, slots, None, torch_pass, CPU).table.layouts[5]
+        layout = PlanTable(calls, slots, clip=False).layouts[5]
         counts[name] = layout.columns, 1 + len(layout.writes)
     assert counts["ddim"] == (2, 1)
     assert counts["dpm++"] == (3, 2)
@@ -71,7 +72,7 @@ def test_a_call_that_reads_noise_needs_it() -> None:
     scheduler = SAMPLERS["sde-dpm++"].build(STABLE_DIFFUSION)
     scheduler.set_timesteps(3)
     calls, slots = compiled(scheduler.plan, fold=True)
-    rows = FusedRows(calls, slots, None, torch_pass, CPU)
+    rows = FusedRows(PlanTable(calls, slots, clip=False), None, torch_pass, CPU)
     x = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="noise is None"):
         rows.execute(0, [None] * slots, None, x, x, None, clean=True)
