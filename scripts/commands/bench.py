@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -51,9 +52,7 @@ def bench() -> None:
 @click.option("--dtype", metavar="NAME", default="float32", show_default=True, help="float32, float16 or bfloat16.")
 @click.option("--compiled", is_flag=True, help="Also time diffusers' step under torch.compile; takes a minute a cell.")
 @click.option("--json", "json_file", type=_FILE, help="File for the figures.")
-def step(
-    samplers: str | None, seconds: float, device: str, dtype: str, compiled: bool, json_file: Path | None
-) -> None:
+def step(samplers: str | None, seconds: float, device: str, dtype: str, compiled: bool, json_file: Path | None) -> None:
     """Time a step without the network, against diffusers.
 
     Whole runs of 20 steps, ours and diffusers' in turn, on three shapes of the sample (on CUDA four); the median. Also
@@ -80,7 +79,7 @@ def step(
     on_cuda = device.startswith("cuda")
     bandwidth = copy_bandwidth(device) if on_cuda else None
     cells = [(name, shape) for name in names for shape in (CUDA_SHAPES if on_cuda else SHAPES)]
-    options = {"device": device, "dtype": DTYPES[dtype], "bandwidth": bandwidth, "compiles": compiled}
+    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "bandwidth": bandwidth, "compiles": compiled}
     results = [
         measure(name, shape, seconds, **options) for name, shape in tqdm(cells, desc="step", unit="cell", leave=False)
     ]
