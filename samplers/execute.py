@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class PlanRun:
 
     Attributes:
         plan: what is executed.
+        thresholding: applied to the predicted clean sample.
+        backend: that was asked for.
         position: number of the next call.
 
     Raises:
@@ -41,15 +44,24 @@ class PlanRun:
         self._calls, self._slots = compiled(plan, fold=thresholding is None)
         self._stochastic = [call.is_stochastic for call in plan]
         self._rows = TorchRows(self._calls, thresholding)
-        self._thresholding = thresholding
-        self._backend = check_backend(backend)
+        self.thresholding = thresholding
+        self.backend = check_backend(backend)
         self._fused: FusedRows | None = None
         self._device: torch.device | None = None
         self.plan = plan
+        self._begin()
+
+    def _begin(self) -> None:
         self._values: list[Any] = [None] * self._slots
         self._state: Kept | None = None
         self._before: tuple[list[Any], Kept | None] = (self._values, None)
         self.position = 0
+
+    def again(self) -> PlanRun:
+        """Another run of the same plan, with the coefficients that this one has made ready."""
+        run = copy.copy(self)
+        run._begin()
+        return run
 
     @property
     def is_stochastic(self) -> bool:
@@ -95,7 +107,7 @@ class PlanRun:
         """
         position, values = self.position, self._values
         self._before = (values.copy(), self._state)
-        if sample.is_cuda or self._backend is not None:
+        if sample.is_cuda or self.backend is not None:
             fused = self._fused_rows(sample, model_output, noise)
             if fused is not None:
                 state = self._state if self._fits(sample) else None
@@ -153,11 +165,11 @@ class PlanRun:
         """The backend of one pass a call, where it takes these tensors."""
         if sample.device != self._device:
             self._gather()
-            one_pass = pass_for(self._backend, sample.device)
+            one_pass = pass_for(self.backend, sample.device)
             self._fused = None
             if one_pass is not None:
-                table = PlanTable(self._calls, self._slots, clip=self._thresholding is not None)
-                self._fused = FusedRows(table, self._thresholding, one_pass, sample.device)
+                table = PlanTable(self._calls, self._slots, clip=self.thresholding is not None)
+                self._fused = FusedRows(table, self.thresholding, one_pass, sample.device)
             self._device = sample.device
         if self._fused is None:
             return None

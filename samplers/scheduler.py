@@ -364,7 +364,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         threshold = None
         if self.config.thresholding:
             threshold = Thresholding(self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
-        self._run, self._run_start = PlanRun(plan, threshold, backend=self._backend), index
+        run, made = self._run, (threshold, check_backend(self._backend))
+        if run is not None and run.plan is plan and (run.thresholding, run.backend) == made:
+            self._run = run.again()
+        else:
+            self._run = PlanRun(plan, threshold, backend=self._backend)
+        self._run_start = index
         return self._run
 
     def _mean_of(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:

@@ -106,6 +106,24 @@ def test_guided_output_of_networks_with_variances() -> None:
         plain.step(GuidedOutput(prompt, blank, 3.0), plain.timesteps[0], x)
 
 
+def test_another_run_of_the_same_times_is_a_new_one() -> None:
+    scheduler = UniPCScheduler.from_config(STABLE_DIFFUSION)
+    x, results = normal(2, 3, 4, 4, seed=1).float(), []
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        scheduler.set_timesteps(4)
+        y = x.to(dtype)
+        for t in scheduler.timesteps[: 4 if results else 3]:  # the first is left unfinished
+            y = scheduler.step(normal(2, 3, 4, 4, seed=int(t)).to(dtype), t, y).prev_sample
+        results.append(y)
+    fresh = UniPCScheduler.from_config(STABLE_DIFFUSION)
+    fresh.set_timesteps(4)
+    y = x
+    for t in fresh.timesteps:
+        y = fresh.step(normal(2, 3, 4, 4, seed=int(t)).float(), t, y).prev_sample
+    assert torch.equal(results[2], y)
+    assert (results[1] - y).abs().max() < 1e-4
+
+
 def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEWSTEP_BACKEND", raising=False)
     monkeypatch.setattr(backend, "_missing", lambda: None)
