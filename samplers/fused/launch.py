@@ -23,7 +23,9 @@ _ROW_MAJOR, _OTHER_ORDER = 0, -1
 def triton_pass(operands: Operands, layout: CallLayout) -> Results:
     """One call by the kernel."""
     sample, order = _dense(operands.sample)
-    shape, strides, dtype = sample.shape, sample.stride(), sample.dtype
+    batch, shape, dtype = len(sample), sample.shape, sample.dtype
+    size = sample.numel() // batch if batch else 0
+    strides = (size, *sample.stride()[1:])
     wide = accumulation_dtype(dtype)
 
     def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,8 +55,6 @@ def triton_pass(operands: Operands, layout: CallLayout) -> Results:
     predicted = empty(dtype) if operands.clean else None
     outputs = [following, *kept_now] if predicted is None else [following, *kept_now, predicted]
     unconditional = None if operands.unconditional is None else aligned(operands.unconditional)
-    batch = len(sample)
-    size = sample.numel() // batch if batch else 0
     if size:
         lanes, block = (4, LANE) if seeds is not None and order == _ROW_MAJOR else (1, _BLOCK)
         blocks = triton.cdiv(size, block * lanes)
@@ -96,7 +96,7 @@ def fits(sample: torch.Tensor) -> bool:
 
 
 def _dense(sample: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The sample, copied unless its elements lie side by side, and their order."""
+    """The samples, copied unless the elements of each lie side by side, and their order."""
     order = _order(sample.shape, sample.stride())
     return (sample.contiguous(), _ROW_MAJOR) if order is None else (sample, order)
 
@@ -109,7 +109,7 @@ def _order(shape: torch.Size, strides: tuple[int, ...]) -> int | None:
     for dim in sorted(dims, key=lambda d: (strides[d], shape[d])):
         dense &= shape[dim] == 1 or strides[dim] == expected
         expected *= shape[dim]
-    if not dense or (len(shape) and shape[0] > 1 and strides[0] != expected):
+    if not dense:
         return None
     order = [dim for dim in sorted(dims, key=lambda d: -strides[d]) if shape[dim] > 1]
     if order == sorted(order):

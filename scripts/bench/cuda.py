@@ -130,7 +130,8 @@ def sanitized(tool: str, tests: str, folder: Path) -> dict[str, Any]:
         return {"left_out": "compute-sanitizer is not installed; it comes with the CUDA toolkit"}
     pytest = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", _SANITIZED, tests]
     # Only the kernel: torch's own are checked by others, and slow under a sanitizer.
-    words = [found, "--tool", tool, "--kernel-name", "kernel_substring=plan_call", "--error-exitcode", "9", *pytest]
+    words = [found, "--tool", tool, "--kernel-name", "kernel_substring=plan_call", "--report-api-errors", "no"]
+    words += ["--error-exitcode", "9", *pytest]
     return command(words, folder, timeout=LIMIT / 6, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 
