@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class Operands:
     unconditional: torch.Tensor | None
     scale: torch.Tensor | None
     noise: torch.Tensor | NoiseToDraw | None
-    kept: list[Kept]
+    kept: Sequence[Kept]
     state: Kept | None
     clip: bool
     bound: torch.Tensor | None

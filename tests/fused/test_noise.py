@@ -10,7 +10,8 @@ from fewstep.samplers.execute import PlanRun
 from fewstep.samplers.fused.operands import Operands, torch_pass
 from fewstep.samplers.fused.table import PlanTable
 from fewstep.samplers.noise import NoiseToDraw
-from fewstep.samplers.rows import compiled
+from fewstep.samplers.per_sample import PerSamplePlan
+from fewstep.samplers.rows import Thresholding, compiled
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
@@ -96,3 +97,19 @@ def test_each_sample_at_a_call_of_its_own(drawn: bool, device: torch.device) -> 
         ):
             assert (one[0] - all_of_them[b]).abs().max() <= 1e-6
             assert (one[0] - other[b]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("limits", [None, Thresholding(0.9, 1.5), Thresholding(0.9, 1.0)], ids=str)
+@pytest.mark.parametrize("name", ["sde-dpm++", "unipc", "ddim"])
+def test_states_at_calls_of_their_own(
+    name: str, limits: Thresholding | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = PerSamplePlan(scheduler(name, 5).plan, limits)
+    states = normal(5, 1 + chain.slots, 3, 4, seed=1, device=device)
+    output, noise = (normal(5, 3, 4, seed=k, device=device) for k in (2, 3))
+    at = [0, 4, 2, 1, 2]
+    exact = chain.step(states.double(), output.double(), at, noise.double())
+    monkeypatch.setenv("FEWSTEP_BACKEND", "triton")
+    found = chain.step(states, output, at, noise)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2e-5 * max(1.0, exact.abs().max().item())
