@@ -18,12 +18,14 @@ from .guided import Guidance, GuidedRun, GuidedStep
 from .heavy_ball import HeavyBallScheduler
 from .learned import LearnedScheduler, LearnedTable
 from .loop import sample
+from .loop_graph import clear_graphs
 from .mean_reverting import MeanRevertingSchedule
 from .mr_sampler import MRSamplerScheduler
 from .per_sample import DenoisingChain
 from .plan import Call, Plan, Row
 from .pndm import FPNDMScheduler
 from .registry import SAMPLERS, Sampler, register
+from .rows import GuidedOutput
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
 from .searched import SearchedScheduler
@@ -66,6 +68,7 @@ __all__ = [
     "FlowSchedule",
     "GHVBScheduler",
     "Guidance",
+    "GuidedOutput",
     "GuidedRun",
     "GuidedStep",
     "HeavyBallScheduler",
@@ -94,6 +97,7 @@ __all__ = [
     "TimeShiftScheduler",
     "Trajectory",
     "UniPCScheduler",
+    "clear_graphs",
     "fine_trajectory",
     "fit_plan",
     "known_schedule",

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from .builder import PlanBuilder
-from .execute import accumulation_dtype
 from .mean_reverting import MeanRevertingSchedule
 from .options import DEFAULTS, ScheduleConfig, own_options, scheduler_options
 from .plan import Plan
 from .registry import SAMPLERS
+from .rows import GuidedOutput, accumulation_dtype
 from .schedule import NoiseSchedule
 from .scheduler import PlanScheduler, PlanSchedulerOutput
 from .time_shift import TimeShiftScheduler
@@ -270,7 +270,7 @@ class MRSamplerScheduler(PlanScheduler):
 
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | GuidedOutput,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -294,6 +294,8 @@ class MRSamplerScheduler(PlanScheduler):
         Raises:
             ValueError: no condition was set or it has another shape; and as ``PlanScheduler.step``.
         """
+        if isinstance(model_output, GuidedOutput):
+            model_output = model_output.combined()
         residual = self._residual(sample)
         if model_output.shape != sample.shape:
             model_output = self._mean_of(model_output, sample)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+
+from .philox import philox_normal
 
 
 class NoiseStreams:
@@ -28,23 +31,72 @@ class NoiseStreams:
             ValueError: the batch is neither as long as the list of seeds nor twice as long (a batch that a
                 pipeline has doubled for guidance gets the same noise in both halves).
         """
-        batch = shape[0]
-        if isinstance(self._seeds, int):
-            seeds = [self._seeds + k for k in range(batch)]
-        elif batch == len(self._seeds):
-            seeds = self._seeds
-        elif batch == 2 * len(self._seeds):
-            seeds = self._seeds * 2
-        else:
-            raise ValueError(
-                f"manual_seed was given {len(self._seeds)} seeds for a batch of {batch}; give one a sample"
-            )
         streams = []
-        for seed in seeds:
+        for seed in seeds_of(self._seeds, shape[0]):
             entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(step,)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
             streams.append(torch.randn(shape[1:], generator=generator, dtype=dtype))
         return torch.stack(streams).to(device)
+
+
+class NoiseToDraw(NamedTuple):
+    """Noise that is drawn where it is read: inside the kernel on CUDA.
+
+    Attributes:
+        seeds: one a sample, int64, ``(batch,)``, on the device of the samples.
+        first_step: number of the step of the plan's first call.
+    """
+
+    seeds: torch.Tensor
+    first_step: int
+
+    def draw(self, position: int | torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """The noise of the plan's call at a position, or at one a sample."""
+        return philox_normal(self.seeds, self.first_step + position, shape, dtype)
+
+
+class PhiloxStreams:
+    """``NoiseStreams`` that a GPU draws by itself: other numbers, and of them the same on every device.
+
+    Args:
+        seeds: as of ``NoiseStreams``.
+    """
+
+    def __init__(self, seeds: int | Sequence[int]) -> None:
+        self._seeds = int(seeds) if isinstance(seeds, int) else [int(seed) for seed in seeds]
+        self._tensors: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def at(self, batch: int, device: torch.device, first_step: int) -> NoiseToDraw:
+        """What draws the noise of a run.
+
+        Args:
+            batch: number of samples.
+            device: of the samples.
+            first_step: number of the run's first step.
+
+        Raises:
+            ValueError: as of ``NoiseStreams``.
+        """
+        if (batch, device) not in self._tensors:
+            # As two's complement, which is how int64 holds the 64 bits.
+            signed = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds_of(self._seeds, batch)]
+            self._tensors[batch, device] = torch.tensor(signed).to(device, non_blocking=True)
+        return NoiseToDraw(self._tensors[batch, device], first_step)
+
+
+def seeds_of(seeds: int | Sequence[int], batch: int) -> Sequence[int]:
+    """The seeds of a batch.
+
+    Raises:
+        ValueError: the batch is neither as long as the list of seeds nor twice as long.
+    """
+    if isinstance(seeds, int):
+        return [seeds + k for k in range(batch)]
+    if batch == len(seeds):
+        return seeds
+    if batch == 2 * len(seeds):
+        return [*seeds, *seeds]
+    raise ValueError(f"manual_seed was given {len(seeds)} seeds for a batch of {batch}; give one a sample")
 
 
 def draw_from(

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from .denoisers.denoiser import Denoiser
-from .execute import Thresholding, accumulation_dtype
+from .fused.backend import Pass, check_backend, pass_for, serves
+from .fused.operands import Operands
+from .fused.table import CallLayout
 from .noise import NoiseStreams
 from .plan import NOISE, PREDICTION, SAMPLE, Plan
+from .rows import Thresholding, accumulation_dtype
 from .scheduler import PlanScheduler
 from .trajectory import Network, limits_of
 
@@ -34,6 +37,7 @@ class PerSamplePlan:
 
     def __init__(self, plan: Plan, thresholding: Thresholding | None = None) -> None:
         self.plan, self._thresholding = plan, thresholding
+        self._table: torch.Tensor | None = None
         names = {SAMPLE: 0}
         for call in plan:
             for name in (call.keep_sample, call.keep_prediction, *(row.out for row in call.rows)):
@@ -64,6 +68,9 @@ class PerSamplePlan:
             the next states.
         """
         at = np.asarray(positions)
+        one_pass = pass_for(check_backend(None), states.device) if serves(states, model_output, noise) else None
+        if one_pass is not None:
+            return self._fused(one_pass, states, model_output, at, noise)
         x, u = states[:, 0], model_output.to(states.dtype)
         if self._thresholding is None:
             prediction = self._sum([(self._prediction[at, 0], x), (self._prediction[at, 1], u)])
@@ -73,6 +80,41 @@ class PerSamplePlan:
         sources = [*states.unbind(1), prediction, noise.to(states.dtype)]
         rows = self._rows[at]
         return torch.stack([self._sum(list(zip(row.T, sources, strict=True))) for row in rows.swapaxes(0, 1)], dim=1)
+
+    def _fused(
+        self, one_pass: Pass, states: torch.Tensor, model_output: torch.Tensor, at: np.ndarray, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """``step`` in one pass, which each sample's own row of the table rules."""
+        x, *kept = states.unbind(1)
+        if self._table is None or self._table.device != states.device:
+            self._table = torch.from_numpy(self._numbers()).float().to(states.device, non_blocking=True)
+        bound = None
+        if self._thresholding is not None:
+            bound = self._thresholding.bound(self._sum([(self._clean[at, 0], x), (self._clean[at, 1], model_output)]))
+        operands = Operands(
+            sample=x,
+            model_output=model_output,
+            unconditional=None,
+            scale=None,
+            noise=noise,
+            kept=kept,
+            state=None,
+            clip=self._thresholding is not None,
+            bound=bound,
+            table=self._table,
+            index=torch.from_numpy(at.astype(np.int32)).to(states.device, non_blocking=True),
+            clean=False,
+        )
+        slots, columns = tuple(range(self.slots)), tuple(range(3 + self.slots))
+        results = one_pass(operands, CallLayout(True, slots, slots, (), (columns,) * (self.slots + 2)))
+        return torch.stack([results.following, *results.kept], dim=1)
+
+    def _numbers(self) -> np.ndarray:
+        """The rows of the table, by what a pass reads: sample, output or clipped clean sample, noise, kept tensors."""
+        pair = self._prediction if self._thresholding is None else self._of_clean
+        sample, *kept, prediction, noise = np.moveaxis(self._rows, 2, 0)
+        columns = [sample + prediction * pair[:, :1], prediction * pair[:, 1:], noise, *kept]
+        return np.concatenate([self._clean, np.stack(columns, axis=2).reshape(len(self._rows), -1)], axis=1)
 
     @staticmethod
     def _sum(terms: list[tuple[np.ndarray, torch.Tensor]]) -> torch.Tensor:

@@ -16,14 +16,16 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 
 from .builder import PlanBuilder
-from .execute import PlanRun, Thresholding, accumulation_dtype
+from .execute import PlanRun
 from .foreign import options_from
+from .fused.backend import check_backend
 from .grid import Grid, make_grid
 from .guided import Guidance, GuidedRun, GuidedStep
-from .noise import NoiseStreams, draw_from
+from .noise import NoiseStreams, NoiseToDraw, PhiloxStreams, draw_from
 from .options import check_options
 from .plan import Plan
 from .presets import check_preset, preset_options
+from .rows import GuidedOutput, Thresholding, accumulation_dtype
 from .schedule import DiscreteVPSchedule, EDMSchedule, FlowSchedule, NoiseSchedule, schedule_from_config
 
 Floats = Sequence[float] | np.ndarray | torch.Tensor
@@ -142,7 +144,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._times: tuple[Any, ...] = ()
         self._plan_config: Any = None
         self._run: PlanRun | None = None
-        self._streams: NoiseStreams | None = None
+        self._streams: NoiseStreams | PhiloxStreams | None = None
+        self._backend: str | None = None
         self._guidance: Guidance | None = None
         self._step_index: int | None = None
         self._begin_index: int | None = None
@@ -237,7 +240,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | GuidedOutput,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -247,7 +250,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Executes one call of the plan.
 
         Args:
-            model_output: of the network, ``(batch, ...)``; with learned variances ``(batch, 2 C, ...)``.
+            model_output: of the network, ``(batch, ...)``; with learned variances ``(batch, 2 C, ...)``. Or a
+                ``GuidedOutput``, to have classifier-free guidance in the same pass.
             timestep: only used to find the start of a run that has no ``begin_index``.
             sample: what the network saw, ``(batch, C, ...)``, of any floating dtype.
             generator: of the noise of stochastic plans; a list gives each sample its own.
@@ -268,11 +272,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         run = self._run
         if run is None or run.position + self._run_start != self._step_index or run.is_over:
             run = self._current_run()
-        if model_output.shape != sample.shape:
+        if isinstance(model_output, GuidedOutput):
+            model_output = self._both_means(model_output, sample)
+        elif model_output.shape != sample.shape:
             model_output = self._mean_of(model_output, sample)
-        noise = None
+        noise: torch.Tensor | NoiseToDraw | None = None
         if run.is_stochastic:
-            noise = self._noise(sample, generator, variance_noise)
+            noise = self._noise(self._step_index, sample, generator, variance_noise)
         if self._guidance is None:
             following, clean = run.step(sample, model_output, noise, clean=return_dict)
         else:
@@ -288,12 +294,16 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         guidance: Guidance,
         run: PlanRun,
         sample: torch.Tensor,
-        model_output: torch.Tensor,
-        noise: torch.Tensor | None,
+        model_output: torch.Tensor | GuidedOutput,
+        noise: torch.Tensor | NoiseToDraw | None,
         *,
         clean: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``run.step`` with guidance in it."""
+        if isinstance(model_output, GuidedOutput):
+            model_output = model_output.combined()
+        if isinstance(noise, NoiseToDraw):
+            noise = noise.draw(run.position, sample.shape, accumulation_dtype(sample.dtype))
         if run.position == 0:
             guidance.start(GuidedRun(run.plan, sample))
         step = GuidedStep(run, sample, model_output, noise)
@@ -354,7 +364,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         threshold = None
         if self.config.thresholding:
             threshold = Thresholding(self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
-        self._run, self._run_start = PlanRun(plan, threshold), index
+        run, made = self._run, (threshold, check_backend(self._backend))
+        if run is not None and run.plan is plan and (run.thresholding, run.backend) == made:
+            self._run = run.again()
+        else:
+            self._run = PlanRun(plan, threshold, backend=self._backend)
+        self._run_start = index
         return self._run
 
     def _mean_of(self, model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
@@ -367,31 +382,83 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             + ("" if learned else ', or set variance_type="learned_range" for a network that predicts variances')
         )
 
+    def _both_means(self, output: GuidedOutput, sample: torch.Tensor) -> GuidedOutput:
+        """Both outputs in the shape of the sample."""
+        first, second = (v if v.shape == sample.shape else self._mean_of(v, sample) for v in output[:2])
+        return GuidedOutput(first, second, output.scale)
+
+    def noises(
+        self, sample: torch.Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None
+    ) -> list[torch.Tensor | NoiseToDraw]:
+        """The noise of a whole run: that of each call that reads noise, in order, as ``step`` would draw it.
+
+        Args:
+            sample: of the run's shape, dtype and device.
+            generator: as of ``step``.
+        """
+        first = self._begin_index or 0
+        self._run_start = first
+        return [
+            self._noise(first + k, sample, generator, None) for k, call in enumerate(self.plan) if call.is_stochastic
+        ]
+
     def _noise(
         self,
+        index: int,
         sample: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None,
         variance_noise: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | NoiseToDraw:
         dtype = accumulation_dtype(sample.dtype)
         if variance_noise is not None:
             return variance_noise.to(sample.device, dtype)
         if generator is None and self._streams is not None:
-            assert self._step_index is not None
-            return self._streams.draw(self._step_index, sample.shape, sample.device, dtype)
+            if isinstance(self._streams, PhiloxStreams):
+                return self._streams.at(len(sample), sample.device, self._run_start)
+            return self._streams.draw(index, sample.shape, sample.device, dtype)
         return draw_from(generator, sample.shape, sample.device, dtype)
 
-    def manual_seed(self, seeds: int | Sequence[int] | None) -> PlanScheduler:
+    def manual_seed(self, seeds: int | Sequence[int] | None, *, in_kernel: bool = False) -> PlanScheduler:
         """Seeds the noise of stochastic plans, for pipelines that hand no generator to ``step`` (SD3, Flux, DiT).
 
         Args:
             seeds: one a sample; or the first sample's, sample ``k`` then has ``seeds + k``; ``None`` takes it back.
+            in_kernel: draws with Philox, which CUDA does inside the step, without memory and transfers. These are other
+                numbers than without, and the same on every device.
 
         Returns:
             itself.
         """
-        self._streams = None if seeds is None else NoiseStreams(seeds)
+        streams = PhiloxStreams if in_kernel else NoiseStreams
+        self._streams = None if seeds is None else streams(seeds)
         return self
+
+    def set_backend(self, backend: str | None) -> PlanScheduler:
+        """Chooses what executes the steps of the runs that begin after it; it is no part of the config.
+
+        Args:
+            backend: ``"torch"``, ``"triton"``, or ``None`` for what ``FEWSTEP_BACKEND`` says, or else Triton on CUDA,
+                and torch elsewhere.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: another one.
+        """
+        self._backend = check_backend(backend)
+        return self
+
+    @property
+    def backend(self) -> str | None:
+        """What ``set_backend`` chose."""
+        return self._backend
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a step does what the plan says and nothing more."""
+        own = type(self).step is not PlanScheduler.step or "theta_schedule" in self.config
+        return not own and self._guidance is None
 
     # ---------------------------------------------------------------- where a run stands
 

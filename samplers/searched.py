@@ -12,6 +12,7 @@ from .fixed_times import FixedTimesScheduler
 from .grid import Grid
 from .options import ScheduleConfig, scheduler_options
 from .plan import Plan
+from .rows import GuidedOutput
 from .scheduler import Floats, PlanSchedulerOutput
 from .usf.decisions import SolverSchedule
 from .usf.rows import write_schedule
@@ -84,7 +85,7 @@ class SearchedScheduler(FixedTimesScheduler):
 
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | GuidedOutput,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,

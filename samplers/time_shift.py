@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .execute import accumulation_dtype
 from .options import ScheduleConfig, own_options, scheduler_options
 from .plan import Call, Plan
 from .pndm import FPNDMScheduler
 from .prediction import conversions
 from .registry import SAMPLERS, Sampler, register
+from .rows import GuidedOutput, accumulation_dtype
 from .schedule import Array, NoiseSchedule
 from .scheduler import Floats, PlanScheduler, PlanSchedulerOutput
 
@@ -254,7 +254,7 @@ class TimeShiftScheduler(PlanScheduler):
 
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | GuidedOutput,
         timestep: float | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
@@ -263,6 +263,8 @@ class TimeShiftScheduler(PlanScheduler):
     ) -> PlanSchedulerOutput | tuple[torch.Tensor]:
         if not self._rows:
             return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
+        if isinstance(model_output, GuidedOutput):
+            model_output = model_output.combined()
         if self._step_index is None:
             self._step_index = self._first_index(timestep)
         index, dtype = self._step_index, sample.dtype

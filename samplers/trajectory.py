@@ -11,10 +11,11 @@ import torch
 
 from .builder import PlanBuilder
 from .dpm_solver import predictor
-from .execute import PlanRun, Thresholding
+from .execute import PlanRun
 from .grid import Grid
 from .multistep import multistep
 from .plan import Call, Plan
+from .rows import Thresholding
 from .schedule import DiscreteVPSchedule
 from .scheduler import PlanScheduler
 from .weights import polynomial_weights

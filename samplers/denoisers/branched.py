@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -166,6 +167,40 @@ class BranchedDenoiser(Denoiser):
                 }
         return self._rows[branches]
 
+    # ---------------------------------------------------------------- recordings
+
+    def recordable(self, batch: int) -> BranchedDenoiser:
+        """A copy whose conditions are tensors of its own, for a recording of calls with so many samples."""
+        twin = copy.copy(self)
+        twin._rows_each = batch // self._prompts
+        twin._rows = {
+            branches: {name: map_rows(value, torch.clone) for name, value in rows.items()}
+            for branches, rows in self._all_rows(batch).items()
+        }
+        return twin
+
+    def load(self, other: BranchedDenoiser, batch: int) -> None:
+        """Takes the conditions of another denoiser with an equal ``recording_key``, in the place of those before."""
+        theirs = other._all_rows(batch)
+        for branches, rows in self._rows.items():
+            for name, value in rows.items():
+                _copy(value, theirs[branches][name])
+
+    def recording_key(self, batch: int) -> Hashable:
+        """What a recording of calls cannot change: the network, and the conditions but for their numbers."""
+        kinds = (
+            (branches, name, _kind(value))
+            for branches, rows in self._all_rows(batch).items()
+            for name, value in sorted(rows.items())
+        )
+        return id(self._network), self._family, self.guidance_rescale, batch // self._prompts, *kinds
+
+    def _all_rows(self, batch: int) -> dict[tuple[Branch, ...], dict[str, Any]]:
+        """The conditions of every call of the network in a run."""
+        first = self._family.first if self.is_guided else ("conditional",)
+        parts = [(name,) for name in self._conditions] if first is None else [first]
+        return {branches: self._conditions_of(branches, batch // self._prompts) for branches in parts}
+
     # ---------------------------------------------------------------- before and after
 
     def prepare(
@@ -224,3 +259,20 @@ class BranchedDenoiser(Denoiser):
         check_samples(name, x, self._shape)
         if len(x) % self._prompts:
             raise ValueError(f"{name} has a batch of {len(x)} for {self._prompts} prompts; give each as many samples")
+
+
+def _kind(value: Any) -> Hashable:
+    """A condition without the numbers in its tensors."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype, value.device, value.stride()
+    if isinstance(value, Mapping):
+        return tuple((key, _kind(part)) for key, part in sorted(value.items()))
+    return repr(value)
+
+
+def _copy(target: Any, source: Any) -> None:
+    if isinstance(target, torch.Tensor):
+        target.copy_(source)
+    elif isinstance(target, Mapping):
+        for key, part in target.items():
+            _copy(part, source[key])

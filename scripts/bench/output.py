@@ -14,9 +14,10 @@ STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "be
 """The noise schedule of Stable Diffusion 1.5, 2 and XL."""
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """The machine and the libraries of a measurement."""
     return {
+        **({"device": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}),
         "machine": platform.machine(),
         "processor": _processor(),
         "system": f"{platform.system()} {platform.release()}",

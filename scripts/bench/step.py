@@ -16,9 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fewstep.samplers import DEISScheduler, DPMSolverPPScheduler, PlanScheduler, UniPCScheduler
 
 from .output import STABLE_DIFFUSION, table
+from .traffic import bytes_of_step, synchronise
 
 STEPS = 20
 SHAPES = ((1, 4, 64, 64), (16, 4, 64, 64), (256, 3, 32, 32))
+CUDA_SHAPES = ((1, 4, 64, 64), (16, 4, 64, 64), (64, 4, 128, 128), (64, 16, 128, 128))
+"""From bound by launches to bound by bandwidth."""
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 _SINGLE = {**STABLE_DIFFUSION, "lower_order_final": True}
@@ -104,10 +107,12 @@ class Inputs:
     noise: torch.Tensor | None
 
     @classmethod
-    def of(cls, shape: Sequence[int], stochastic: bool) -> Inputs:
+    def of(
+        cls, shape: Sequence[int], stochastic: bool, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Inputs:
         """Normal numbers; drawing noise is not what is measured."""
         generator = torch.Generator().manual_seed(0)
-        sample, output, noise = (torch.randn(*shape, generator=generator) for _ in range(3))
+        sample, output, noise = (torch.randn(*shape, generator=generator).to(device, dtype) for _ in range(3))
         return cls(sample, output, noise if stochastic else None)
 
 
@@ -133,20 +138,34 @@ def count_operations(scheduler: Any, inputs: Inputs, steps: int = STEPS) -> Coun
     return counter.names
 
 
-def measure(name: str, shape: Sequence[int], seconds: float) -> dict[str, Any]:
+def measure(
+    name: str,
+    shape: Sequence[int],
+    seconds: float,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    bandwidth: float | None = None,
+    compiles: bool = False,
+) -> dict[str, Any]:
     """Times one pair on one shape, run by run in turn, so that a busy machine slows both.
 
     Args:
         name: key of ``PAIRS``.
         shape: of the sample.
         seconds: how long, at least; never fewer than three runs of each.
+        device: of the sample.
+        dtype: of the sample.
+        bandwidth: of the device, bytes a second.
+        compiles: also times diffusers' step under ``torch.compile``, which compiles it for each step of the run.
 
     Returns:
         medians: microseconds a step, milliseconds of ``set_timesteps`` (another number of steps, the same again), and
-        operations a step; first ours, then diffusers'.
+        operations a step; first ours, then diffusers'. With a bandwidth also the microseconds in which a step's bytes
+        could be copied.
     """
     pair = PAIRS[name]
-    inputs = Inputs.of(shape, pair.stochastic)
+    inputs = Inputs.of(shape, pair.stochastic, device, dtype)
     schedulers = pair.build()
     # What a network does: freeing one large tensor makes glibc keep memory, or page faults are what is measured.
     torch.empty(8_000_000)
@@ -157,17 +176,25 @@ def measure(name: str, shape: Sequence[int], seconds: float) -> dict[str, Any]:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(steps[0]) < 3:
         for k, scheduler in enumerate(schedulers):
-            scheduler.set_timesteps(STEPS + 1)
+            scheduler.set_timesteps(STEPS + 1, device=device)
             for seconds_taken in settings[k]:
                 clock = time.perf_counter()
-                scheduler.set_timesteps(STEPS)
+                scheduler.set_timesteps(STEPS, device=device)
                 seconds_taken.append(time.perf_counter() - clock)
             labels = list(scheduler.timesteps)
+            synchronise(device)
             clock = time.perf_counter()
             run(scheduler, labels, inputs)
+            synchronise(device)
             steps[k].append((time.perf_counter() - clock) / STEPS)
     ours, theirs = (1e6 * statistics.median(times) for times in steps)
+    more: dict[str, Any] = {}
+    if bandwidth is not None:
+        more["limit_us"] = 1e6 * bytes_of_step(schedulers[0].plan, shape, dtype) / bandwidth
+    if compiles:
+        more["compiled_us"] = 1e6 * _compiled(schedulers[1], inputs, seconds, device)
     return {
+        **more,
         "sampler": name,
         "shape": list(shape),
         "runs": len(steps[0]),
@@ -176,6 +203,32 @@ def measure(name: str, shape: Sequence[int], seconds: float) -> dict[str, Any]:
         "set_timesteps_ms": [[1e3 * statistics.median(times) for times in both] for both in settings],
         "operations": operations,
     }
+
+
+def _compiled(scheduler: Any, inputs: Inputs, seconds: float, device: str) -> float:
+    """Seconds a step of a compiled scheduler of diffusers."""
+    from torch._dynamo import config
+
+    plain = scheduler.step
+    # It is another function at every step: the number of the step is Python's.
+    with config.patch(recompile_limit=4 * STEPS, accumulated_recompile_limit=100 * STEPS):
+        scheduler.step = torch.compile(plain)
+        try:
+            times: list[float] = []
+            for repeat in range(2):  # the first compiles
+                end = time.perf_counter() + repeat * seconds
+                times = []
+                while time.perf_counter() < end or len(times) < 3:
+                    scheduler.set_timesteps(STEPS, device=device)
+                    labels = list(scheduler.timesteps)
+                    synchronise(device)
+                    clock = time.perf_counter()
+                    run(scheduler, labels, inputs)
+                    synchronise(device)
+                    times.append((time.perf_counter() - clock) / STEPS)
+        finally:
+            scheduler.step = plain
+    return statistics.median(times)
 
 
 def step_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -189,7 +242,12 @@ def step_table(results: Sequence[Mapping[str, Any]]) -> str:
         row = [name]
         for shape in shapes:
             ours, theirs = cells[shape]["step_us"]
-            row.append(f"{ours:.1f} / {theirs:.1f} = 1 : {cells[shape]['ratio']:.1f}")
+            cell = f"{ours:.1f} / {theirs:.1f} = 1 : {cells[shape]['ratio']:.1f}"
+            if "compiled_us" in cells[shape]:
+                cell += f", compiled {cells[shape]['compiled_us']:.1f}"
+            if "limit_us" in cells[shape]:
+                cell += f", {100 * cells[shape]['limit_us'] / ours:.0f} % of copy"
+            row.append(cell)
         first = cells[shapes[0]]
         row.append("{:.1f} / {:.1f}".format(*first["operations"]))
         (new, again), (theirs_new, _) = first["set_timesteps_ms"]

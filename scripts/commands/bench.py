@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
 _FILE = click.Path(path_type=Path)
 _LATER = {
+    "loop": "Time whole generations, against the pipelines of diffusers.",
+    "cuda": "Run all checks and benchmarks that need a CUDA device.",
     "digits": "Measure the images of a digit model.",
     "stitch": "Measure T-Stitch: a small model makes the early steps.",
     "tuned": "Measure tuned samplers against the best of diffusers.",
@@ -47,30 +50,53 @@ def bench() -> None:
 @bench.command()
 @click.option("--samplers", metavar="A,B,...", help="Some of the table's lines.  [default: all]")
 @click.option("--seconds", type=click.FloatRange(0.0), default=1.0, show_default=True, help="Time a cell, at least.")
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cpu, cuda or auto.")
+@click.option("--dtype", metavar="NAME", default="float32", show_default=True, help="float32, float16 or bfloat16.")
+@click.option("--compiled", is_flag=True, help="Also time diffusers' step under torch.compile; takes a minute a cell.")
 @click.option("--json", "json_file", type=_FILE, help="File for the figures.")
-def step(samplers: str | None, seconds: float, json_file: Path | None) -> None:
+def step(samplers: str | None, seconds: float, device: str, dtype: str, compiled: bool, json_file: Path | None) -> None:
     """Time a step without the network, against diffusers.
 
-    Whole runs of 20 steps, ours and diffusers' in turn, on three shapes of the sample; the median. Also how many
-    tensor operations a step takes, and how long set_timesteps takes.
+    Whole runs of 20 steps, ours and diffusers' in turn, on three shapes of the sample (on CUDA four); the median. Also
+    how many tensor operations a step takes, and how long set_timesteps takes. On CUDA also which part of the bandwidth
+    of a copy, measured in the same run, our step reaches.
     """
     from tqdm import tqdm
 
     from ..bench.output import environment
-    from ..bench.step import PAIRS, SHAPES, STEPS, measure, step_table
+    from ..bench.step import CUDA_SHAPES, PAIRS, SHAPES, STEPS, measure, step_table
+    from ..bench.traffic import copy_bandwidth
     from ..files import check_files, write_json
     from ..generation.choices import unknown
+    from ..generation.model import DTYPES, resolve_device
 
     check_files(json_file)
     names = list(PAIRS) if samplers is None else samplers.split(",")
     for name in names:
         if name not in PAIRS:
             raise unknown("samplers", name, PAIRS)
-    cells = [(name, shape) for name in names for shape in SHAPES]
-    results = [measure(name, shape, seconds) for name, shape in tqdm(cells, desc="step", unit="cell", leave=False)]
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    device = resolve_device(device)
+    on_cuda = device.startswith("cuda")
+    bandwidth = copy_bandwidth(device) if on_cuda else None
+    cells = [(name, shape) for name in names for shape in (CUDA_SHAPES if on_cuda else SHAPES)]
+    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "bandwidth": bandwidth, "compiles": compiled}
+    results = [
+        measure(name, shape, seconds, **options) for name, shape in tqdm(cells, desc="step", unit="cell", leave=False)
+    ]
     click.echo(step_table(results))
     if json_file is not None:
-        write_json(json_file, {"environment": environment(), "steps": STEPS, "results": results})
+        write_json(
+            json_file,
+            {
+                "environment": environment(device),
+                "dtype": dtype,
+                "copy_bytes_per_second": bandwidth,
+                "steps": STEPS,
+                "results": results,
+            },
+        )
 
 
 @bench.command()

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.samplers import SAMPLERS, TimeShiftScheduler
-from fewstep.scripts.bench import accuracy, convergence, foreign, orders, step
+from fewstep.scripts.bench import accuracy, convergence, cuda, foreign, orders, step, traffic
 from fewstep.scripts.bench.output import STABLE_DIFFUSION, table
 from fewstep.scripts.cli import main
 
@@ -121,6 +121,100 @@ def test_measure_returns_both_sides():
     assert ours > 0
     assert result["ratio"] == pytest.approx(theirs / ours)
     assert step.step_table([result]).splitlines()[1].startswith("unipc2")
+
+
+def test_measure_on_request_compiles_diffusers_step_and_tells_the_limit(monkeypatch):
+    monkeypatch.setattr(step, "STEPS", 2)
+    result = step.measure("dpm++1", (1, 1, 2, 2), 0.0, bandwidth=1e9, compiles=True)
+    assert result["compiled_us"] > 0
+    # Reads sample and output, keeps nothing, writes the next sample: 3 tensors of 4 floats at a byte a nanosecond.
+    assert result["limit_us"] == pytest.approx(3 * 4 * 4 * 1e-3)
+    line = step.step_table([result]).splitlines()[1]
+    assert "compiled" in line
+    assert "% of copy" in line
+
+
+def test_bytes_of_a_step_by_hand():
+    scheduler = SAMPLERS["dpm++"].build(STABLE_DIFFUSION, final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(3)
+    # Each step reads sample and output and writes the next sample; the second also reads what the first kept (the last
+    # is of first order). In half precision the unrounded sample is written thrice and read twice.
+    floats = 3 * 3 + 1 + 1
+    assert traffic.bytes_of_step(scheduler.plan, (2, 5)) == pytest.approx(10 * 4 * floats / 3)
+    assert traffic.bytes_of_step(scheduler.plan, (2, 5), torch.float16) == pytest.approx(
+        10 * (2 * 9 + 4 * 2 + 4 * 5) / 3
+    )
+
+
+def test_copies_have_a_bandwidth():
+    assert 1e8 < traffic.copy_bandwidth("cpu", 0.0) < 1e13
+
+
+# ---------------------------------------------------------------- whole generations
+
+
+def test_loop_command(tmp_path):
+    file = tmp_path / "l.json"
+    result = invoke("loop", "--steps", 2, "--batch", 2, "--seconds", 0, "--json", file)
+    assert result.exit_code == 0, result.output
+    (model,) = json.loads(file.read_text())["results"]
+    assert list(model["latency_ms"]) == list(model["images_per_s"]) == ["diffusers", "ours in the pipeline", "our loop"]
+    assert all(value > 0 for value in (*model["latency_ms"].values(), *model["images_per_s"].values()))
+    assert "digits-small, our loop" in result.output
+
+
+def test_ways_to_generate_make_the_same_images():
+    from fewstep.scripts.bench import loop
+    from fewstep.scripts.generation.model import load_model
+
+    pipe = load_model("digits-small", "float32", "cpu").pipeline
+    theirs, ours, own = (way() for way in loop._ways(pipe, {"class_labels": [3, 7]}, 3, "cpu").values())
+    assert np.abs(theirs - ours).max() < 1e-3
+    assert np.abs(ours - own).max() < 1e-5
+
+
+# ---------------------------------------------------------------- CUDA
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    "arguments", [("cuda", "--json", "c.json"), ("step", "--device", "cuda"), ("loop", "--device", "cuda")]
+)
+def test_cuda_is_refused_where_there_is_none(arguments):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert "cuda" in result.output.lower()
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_cuda_names_its_bars():
+    cells = [
+        {"shape": [1, 4, 64, 64], "ratio": 12.0, "step_us": [1, 12]},
+        {"shape": [1, 4, 64, 64], "ratio": 9.0, "step_us": [1, 9]},
+        {"shape": [64, 16, 128, 128], "ratio": 3.0, "step_us": [100.0, 300.0], "limit_us": 90.0},
+    ]
+    loops = [{"model": "digits-small", "latency_ms": {"diffusers": 60.0, "our graph": 15.0}}]
+    found = list(cuda.bars({"steps": cells, "loops": loops}).values())
+    assert found == [
+        {"worst": 9.0, "bar": 10.0, "met": False},
+        {"worst": 0.9, "bar": 0.85, "met": True},
+        {"worst": 4.0, "bar": 3.0, "met": True},
+    ]
+    assert set(cuda.bars({"steps": {"failed": "x"}}).values()) == {"not measured"}
+
+
+def test_cuda_runs_programs_and_the_sanitizer(tmp_path, monkeypatch):
+    program = [sys.executable, "-c", "import os, sys; print(os.environ['TRITON_INTERPRET']); sys.exit(3)"]
+    assert cuda.command(program, tmp_path) == {"passed": False, "last_lines": ["0"]}
+    assert not cuda.command([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, timeout=0.5)["passed"]
+    monkeypatch.setattr(cuda.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cuda.Path, "exists", lambda path: False)
+    assert "left_out" in cuda.sanitized("memcheck", "tests/fused", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda.shutil, "which", lambda name: "/bin/echo")
+    result = cuda.sanitized("memcheck", "tests/fused", tmp_path)
+    assert result["passed"]
+    assert result["last_lines"][0].startswith("--tool memcheck --kernel-name kernel_substring=plan_call")
 
 
 # ---------------------------------------------------------------- orders
