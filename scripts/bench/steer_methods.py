@@ -233,14 +233,23 @@ def _svdd_greedy(sampling: Sampling, runs: Sequence[int]) -> Steps:
 # ---------------------------------------------------------------- trees
 
 
-def _dts(sampling: Sampling, runs: Sequence[int]) -> Steps:
+def _dts(sampling: Sampling, runs: Sequence[int], selection: str = "boltzmann") -> Steps:
     tree = DiffusionTreeSampling(
-        sampling.chain(), sampling.reward, scale=sampling.scale, parallel=_PARALLEL, seed=sampling.seed * NOISES
+        sampling.chain(),
+        sampling.reward,
+        scale=sampling.scale,
+        selection=selection,
+        parallel=_PARALLEL,
+        seed=sampling.seed * NOISES,
     )
     for budget in runs:
         tree.run(sampling.count * sampling.steps * budget - tree.network_calls)
         drawn = systematic(tree.leaf_probabilities, sampling.count, sampling.random(budget).random())
         yield budget, tree.chain.results(tree.tree.states(tree.tree.leaves[drawn].tolist(), tree.chain.device))
+
+
+def _dts_uniform(sampling: Sampling, runs: Sequence[int]) -> Steps:
+    return _dts(sampling, runs, selection="uniform")
 
 
 def _dts_star(sampling: Sampling, runs: Sequence[int]) -> Steps:
@@ -264,8 +273,9 @@ METHODS: Mapping[str, Method] = {
     "svdd-greedy": _svdd_greedy,
     "gradient": _gradient,
     "dts": _dts,
+    "dts-uniform": _dts_uniform,
     "dts-star": _dts_star,
 }
 """By name: the best of an image's own samples, the best of all images' samples, and samples drawn from all of these by
 weight; particles of an image's own, and one population for all images; chains of candidates; particles whose proposals
-follow the gradient; one tree for all images, sampled or searched."""
+follow the gradient; one tree for all images, sampled with either selection, or searched."""

@@ -132,7 +132,8 @@ def claims(results: Results) -> list[str]:
             last = [cells[-1] for method in BASELINES if (cells := results.of(target, method))]
             if last:
                 best = min(last, key=lambda cell: results.mean(cell, measure).value)
-                lines += _saving(results, target, "dts", best.method, measure)
+                for own in ("dts", "dts-uniform"):
+                    lines += _saving(results, target, own, best.method, measure)
         for rival in ("best-of-n", "best-of-all"):
             lines += _saving(results, target, "dts-star", rival, "reward")
         for own, rival in _EQUAL_CALLS:

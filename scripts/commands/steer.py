@@ -57,6 +57,7 @@ def steer(
     gradient     fk whose proposals follow the reward's gradient; with N = 1
                  gradient guidance alone
     dts          one tree for all images, which are drawn from it
+    dts-uniform  the same with uniform selection, which leaves its values unbiased
     dts-star     one tree for all images, which are its best leaves
 
     Frechet: distance of the bundled classifier's features, which the reward shares, from those of the real images.
