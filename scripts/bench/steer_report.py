@@ -76,12 +76,18 @@ class Results:
     """
 
     def __init__(self, settings: Settings, points: Sequence[Point]) -> None:
-        self._count = settings.count
+        self._settings = settings
         self._points: dict[Cell, dict[int, Point]] = {}
         for point in points:
             self._points.setdefault(Cell(point.target, point.method, point.runs), {})[point.seed] = point
         methods = [*REFERENCES, *METHODS]
         self.cells = sorted(self._points, key=lambda c: ([*TARGETS].index(c.target), methods.index(c.method), c.runs))
+
+    def complete(self) -> Results:
+        """Of the cells with all seeds alone: a measurement that was stopped leaves some with fewer."""
+        seeds = max((len(found) for found in self._points.values()), default=0)
+        kept = [point for found in self._points.values() if len(found) == seeds for point in found.values()]
+        return Results(self._settings, kept)
 
     def points(self, cell: Cell) -> list[Point]:
         """Of a cell, by seed."""
@@ -98,7 +104,7 @@ class Results:
     def calls(self, cell: Cell) -> float:
         """Network evaluations an image."""
         points = self.points(cell)
-        return sum(point.calls for point in points) / (self._count * len(points))
+        return sum(point.calls for point in points) / (self._settings.count * len(points))
 
     def change(self, cell: Cell, than: Cell, measure: str) -> Mean | None:
         """The mean difference of two cells over the seeds that both have; ``None`` where there is none."""
@@ -126,7 +132,7 @@ class Results:
 
 def claims(results: Results) -> list[str]:
     """What the papers say of the trees and of SVDD, as it was found; nothing where there is one seed."""
-    lines = []
+    lines, results = [], results.complete()
     for target in TARGETS:
         for measure in ("frechet", "pixels"):
             last = [cells[-1] for method in BASELINES if (cells := results.of(target, method))]

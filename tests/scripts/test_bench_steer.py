@@ -197,6 +197,8 @@ def test_claims() -> None:
     assert lines[4] == "8: Frechet: svdd against best-of-n: -3.00 +- 1.24 at 100 calls"
     assert lines[6] == "8: reward: svdd against fk: +0.500 +- 0.000 at 100 calls"
     assert len(lines) == 9
+    unfinished = cell("smc", 10, 0.0, 0.0, 0.0)[:3]
+    assert claims(Results(SETTINGS, [*points, *unfinished])) == lines
     assert claims(Results(SETTINGS, [point for point in points if point.seed == 0])) == []
 
 
