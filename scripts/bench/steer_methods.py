@@ -252,25 +252,15 @@ def _dts_uniform(sampling: Sampling, runs: Sequence[int]) -> Steps:
     return _dts(sampling, runs, selection="uniform")
 
 
-def _dts_star(sampling: Sampling, runs: Sequence[int], widening: tuple[float, float] = (2.0, 0.8)) -> Steps:
+def _dts_star(sampling: Sampling, runs: Sequence[int]) -> Steps:
     tree = DiffusionTreeSearch(
-        sampling.chain(),
-        sampling.reward,
-        scale=sampling.scale,
-        widening=widening,
-        parallel=_PARALLEL,
-        seed=sampling.seed * NOISES,
+        sampling.chain(), sampling.reward, scale=sampling.scale, parallel=_PARALLEL, seed=sampling.seed * NOISES
     )
     for budget in runs:
         tree.run(sampling.count * sampling.steps * budget - tree.network_calls)
         # While rollouts are under way a leaf or two may be missing: the best ones stand for them too.
         best = tree.best(min(sampling.count, len(tree.tree.leaves))).samples
         yield budget, best[torch.arange(sampling.count) % len(best)]
-
-
-def _dts_star_narrow(sampling: Sampling, runs: Sequence[int]) -> Steps:
-    # Of (2, 0.8), (1, 0.6) and (1, 0.4), that of the highest rewards at the middle budgets, on seeds 100 and up.
-    return _dts_star(sampling, runs, widening=(1.0, 0.4))
 
 
 METHODS: Mapping[str, Method] = {
@@ -285,8 +275,7 @@ METHODS: Mapping[str, Method] = {
     "dts": _dts,
     "dts-uniform": _dts_uniform,
     "dts-star": _dts_star,
-    "dts-star-narrow": _dts_star_narrow,
 }
 """By name: the best of an image's own samples, the best of all images' samples, and samples drawn from all of these by
 weight; particles of an image's own, and one population for all images; chains of candidates; particles whose proposals
-follow the gradient; one tree for all images, sampled with either selection, or searched with either widening."""
+follow the gradient; one tree for all images, sampled with either selection, or searched."""

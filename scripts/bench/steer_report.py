@@ -141,8 +141,7 @@ def claims(results: Results) -> list[str]:
                 for own in ("dts", "dts-uniform"):
                     lines += _saving(results, target, own, best.method, measure)
         for rival in ("best-of-n", "best-of-all"):
-            for own in ("dts-star", "dts-star-narrow"):
-                lines += _saving(results, target, own, rival, "reward")
+            lines += _saving(results, target, "dts-star", rival, "reward")
         for own, rival in _EQUAL_CALLS:
             lines += _gains(results, target, own, rival)
     return lines

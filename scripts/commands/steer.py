@@ -47,19 +47,18 @@ def steer(
     pass through the network, are none.
 
     \b
-    best-of-n        each image is the best of its own N runs
-    best-of-all      the best of the runs of all images together
-    importance       drawn from these by exp(lambda reward)
-    fk               Feynman-Kac steering, N particles for each image, one kept
-    smc              the same with one population for all images
-    svdd             SVDD, N candidates for each image, temperature 1 / lambda
-    svdd-greedy      the same at temperature 0
-    gradient         fk whose proposals follow the reward's gradient; with N = 1
-                     gradient guidance alone
-    dts              one tree for all images, which are drawn from it
-    dts-uniform      the same with uniform selection, whose values have no bias
-    dts-star         one tree for all images, which are its best leaves
-    dts-star-narrow  the same with few children a node
+    best-of-n    each image is the best of its own N runs
+    best-of-all  the best of the runs of all images together
+    importance   drawn from these by exp(lambda reward)
+    fk           Feynman-Kac steering, N particles for each image, one kept
+    smc          the same with one population for all images
+    svdd         SVDD, N candidates for each image, temperature 1 / lambda
+    svdd-greedy  the same at temperature 0
+    gradient     fk whose proposals follow the reward's gradient; with N = 1
+                 gradient guidance alone
+    dts          one tree for all images, which are drawn from it
+    dts-uniform  the same with uniform selection, which leaves its values unbiased
+    dts-star     one tree for all images, which are its best leaves
 
     Frechet: distance of the bundled classifier's features, which the reward shares, from those of the real images.
     Pixel Frechet: of 40 principal components of real digits. Agreement: by a second classifier, Gaussians of these
