@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fewstep.samplers import Denoiser, sample
 from fewstep.samplers.files import replaced
-from fewstep.samplers.noise import NoiseStreams
+from fewstep.samplers.loop import tried
+from fewstep.samplers.noise import NoiseStreams, derived_seed
 
 from .populations import check_particles, groups_of
 from .rewards import Reward, RewardFunction
@@ -264,7 +263,7 @@ class NoiseSearch(ABC):
     def _generators(self, number: int) -> list[torch.Generator]:
         """For the noise that samplers draw themselves, one a candidate."""
         return [
-            torch.Generator().manual_seed(_seed(self.seed + group, number, k))
+            torch.Generator().manual_seed(derived_seed(self.seed + group, number, k, 2))
             for group in range(self.groups)
             for k in range(self.candidates)
         ]
@@ -283,10 +282,7 @@ class NoiseSearch(ABC):
 
     def _calls(self) -> int:
         """Network calls of a whole run."""
-        scheduler = copy.deepcopy(self.scheduler)
-        # Pipelines choose mu by the size of the image; the number of calls does not depend on it.
-        scheduler.set_timesteps(self.steps, **({"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}))
-        return len(scheduler.timesteps)
+        return len(tried(self.scheduler, self.steps).timesteps)
 
 
 _KEPT = ("noise", "samples", "values")
@@ -296,11 +292,6 @@ _TIES = 1 << 19
 def _key(number: int, stage: int, candidate: int) -> int:
     """Which of a search's draws this is."""
     return (number << 40) | (stage << 20) | candidate
-
-
-def _seed(seed: int, number: int, candidate: int) -> int:
-    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(number, candidate, 2)).generate_state(1, np.uint64)
-    return int(entropy[0] >> 1)
 
 
 def gathered(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from torch import nn
 
 BUNDLED_DIGITS = Path(__file__).parent / "digits"
 """Folder of the bundled classifier and of the reference statistics made with it."""
+
+
+def add_weights(digest: Any, network: nn.Module) -> None:
+    """Adds names, shapes and single-precision values of a network's tensors to a hash."""
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
 
 
 class DigitsClassifier(nn.Module):
@@ -74,9 +82,7 @@ class DigitsClassifier(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 of the architecture and the weights, the same for half and single precision storage."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        add_weights(digest, self)
         return digest.hexdigest()
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .classifier import BUNDLED_DIGITS, DigitsClassifier
+from .classifier import BUNDLED_DIGITS, DigitsClassifier, add_weights
 from .inception import INCEPTION_SIZE, InceptionV3, resize_as_tensorflow
 
 EXTRACTORS = ("digits", "inception", "dinov2", "clip")
@@ -50,9 +50,7 @@ class FeatureExtractor(nn.Module, ABC):
     def fingerprint(self) -> str:
         """SHA-256 of the name, the architecture, the weights and the preprocessing."""
         digest = hashlib.sha256(f"{self.name}\n{self.preprocessing}\n{self._architecture()}\n".encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        add_weights(digest, self)
         return digest.hexdigest()
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -59,6 +60,17 @@ def sample(
         output = denoiser(seen, t) if scale is None else GuidedOutput(*denoiser.branches(seen, t), scale)
         x = scheduler.step(output, t, x, **extra, return_dict=False)[0]
     return x
+
+
+def tried(scheduler: Any, num_inference_steps: int) -> Any:
+    """A copy of a scheduler with its timesteps set: how many calls a run has, and which of them draw noise.
+
+    Pipelines choose ``mu`` by the size of the image; neither depends on it.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    dynamic = scheduler.config.get("use_dynamic_shifting")
+    scheduler.set_timesteps(num_inference_steps, **({"mu": 1.0} if dynamic else {}))
+    return scheduler
 
 
 def _guidance_in_steps(denoiser: Any) -> float | None:

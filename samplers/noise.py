@@ -33,8 +33,7 @@ class NoiseStreams:
         """
         streams = []
         for seed in seeds_of(self._seeds, shape[0]):
-            entropy = np.random.SeedSequence(seed % 2**64, spawn_key=(step,)).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(entropy[0] >> 1))
+            generator = torch.Generator().manual_seed(derived_seed(seed, step))
             streams.append(torch.randn(shape[1:], generator=generator, dtype=dtype))
         return torch.stack(streams).to(device)
 
@@ -82,6 +81,12 @@ class PhiloxStreams:
             signed = [(seed + 2**63) % 2**64 - 2**63 for seed in seeds_of(self._seeds, batch)]
             self._tensors[batch, device] = torch.tensor(signed).to(device, non_blocking=True)
         return NoiseToDraw(self._tensors[batch, device], first_step)
+
+
+def derived_seed(seed: int, *key: int) -> int:
+    """A seed for a generator that stands for itself: of a seed, and of what it is for."""
+    entropy = np.random.SeedSequence(seed % 2**64, spawn_key=key).generate_state(1, np.uint64)
+    return int(entropy[0] >> 1)
 
 
 def seeds_of(seeds: int | Sequence[int], batch: int) -> Sequence[int]:

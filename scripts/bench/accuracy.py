@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from fewstep.metrics import GaussianMixture, GuidedPair
 from fewstep.samplers import SAMPLERS
 
-from ..files import replace_file
+from ..plots import save_figure
 from .output import STABLE_DIFFUSION, table
 
 CALLS = (5, 6, 7, 8, 10, 12, 15, 20, 25, 30)
@@ -38,7 +37,6 @@ _LINES: Mapping[str, Callable[[str], dict[str, Any]]] = {
     _ACCURATE: lambda marker: {"linewidth": 2, "marker": marker},
     _DIFFUSERS: lambda marker: {"linewidth": 1.2, "linestyle": "--", "marker": marker, "markerfacecolor": "white"},
 }
-_FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -132,18 +130,6 @@ def accuracy_table(curves: Sequence[Curve]) -> str:
     return "\n\n".join(blocks)
 
 
-def check_plot(path: Path) -> None:
-    """Refuses what ``plot_accuracy`` could not draw, before anything is measured.
-
-    Raises:
-        ValueError: an unknown suffix, or no matplotlib.
-    """
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"plot {path} must end in one of {', '.join(_FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('plot needs matplotlib; install it with pip install "fewstep[plot]"')
-
-
 def plot_accuracy(curves: Sequence[Curve], path: Path) -> None:
     """Draws error over network calls, a panel a guidance scale, ours solid and diffusers dashed.
 
@@ -171,8 +157,7 @@ def plot_accuracy(curves: Sequence[Curve], path: Path) -> None:
         panel.grid(which="major", alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path)
 
 
 def _title(scale: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fewstep.metrics import (
     frechet_distance,
     inception_score,
 )
+
+from ..training.data import LabelledImages, load_images
 
 
 def measure(
@@ -89,6 +92,18 @@ def generate(pipeline: DiTPipeline, indices: range, *, steps: int, scale: float,
         output_type="pt",
     ).images
     return images
+
+
+def real_digits(path: Path, split: str) -> LabelledImages:
+    """Real digits.
+
+    Raises:
+        ValueError: no grey images of ten classes.
+    """
+    found = load_images(path, split=split)
+    if found.images.shape[1] != 1 or set(found.labels.tolist()) != set(range(10)):
+        raise ValueError(f"--data {path} holds no grey images of the classes 0 to 9 in its {split} split; give MNIST")
+    return found
 
 
 def sampling_bias(reference: ReferenceStatistics, count: int) -> float:

@@ -1,11 +1,13 @@
-"""Figures of images that a benchmark made, with intervals from the jackknife of groups."""
+"""Figures with intervals: of images, by the jackknife of groups, and of independent numbers, by their spread."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from scipy.stats import t as student
 
 from fewstep.metrics import Estimate, FeatureStatistics, ReferenceStatistics, frechet_distance, jackknife
 
@@ -29,3 +31,30 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
 def from_json(entry: Mapping[str, Any]) -> Estimate:
     """What `to_json` wrote."""
     return Estimate(float(entry["value"]), tuple(map(float, entry["left_out"])))
+
+
+class Mean(NamedTuple):
+    """A mean of independent numbers.
+
+    Attributes:
+        value: the mean.
+        half_width: of its 95 % interval by Student's t; infinite for a single number.
+    """
+
+    value: float
+    half_width: float
+
+    def show(self, digits: int, *, sign: bool = False) -> str:
+        """As text, such as ``1.2 +- 0.3``."""
+        number = f"{self.value:+.{digits}f}" if sign else f"{self.value:.{digits}f}"
+        return number if math.isinf(self.half_width) else f"{number} +- {self.half_width:.{digits}f}"
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """The mean of independent numbers, with its interval."""
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Mean(mean, math.inf)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return Mean(mean, float(student.ppf(0.975, count - 1)) * math.sqrt(variance / count))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +22,11 @@ from fewstep.metrics import (
 )
 from fewstep.samplers import SAMPLERS, PlanScheduler
 
-from ..files import replace_file
-from ..training.data import LabelledImages, load_images
+from ..plots import save_figure
+from ..training.data import LabelledImages
 from ..tuning.task import Inputs, ends
 from .estimates import from_json, to_json
-from .output import table
+from .output import read_entries, table
 from .tuned import Digits
 
 METHODS = ("minority", "self-minority")
@@ -96,18 +95,6 @@ def real_features(data: LabelledImages, count: int) -> tuple[torch.Tensor, torch
     with torch.no_grad():
         features = torch.cat([classifier.features(data.float_images(part)) for part in chosen.split(_CHUNK)])
     return features, data.labels[chosen]
-
-
-def mnist(path: Path, split: str) -> LabelledImages:
-    """Real digits.
-
-    Raises:
-        ValueError: no grey images of ten classes.
-    """
-    found = load_images(path, split=split)
-    if found.images.shape[1] != 1 or set(found.labels.tolist()) != set(range(10)):
-        raise ValueError(f"--data {path} holds no grey images of the classes 0 to 9 in its {split} split; give MNIST")
-    return found
 
 
 class Bench:
@@ -248,22 +235,17 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
     Raises:
         ValueError: the file holds something else, or points of other settings.
     """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        points = [
+    return read_entries(
+        path,
+        "points",
+        settings,
+        lambda content: [
             Point(
                 one["method"], one["guidance_scale"], one["scale"], {k: from_json(one["figures"][k]) for k in MEASURES}
             )
             for one in content["points"]
-        ]
-        other = [name for name, value in settings.items() if content["settings"][name] != value]
-    except (OSError, KeyError, TypeError, ValueError):
-        raise ValueError(f"--json {path} holds no points of this benchmark; give another file") from None
-    if other:
-        raise ValueError(f"--json {path} holds points of other {', '.join(other)}; give another file")
-    return points
+        ],
+    )
 
 
 def _entry(point: Point) -> dict[str, Any]:
@@ -307,8 +289,7 @@ def plot_minority(settings: Mapping[str, Any], points: Sequence[Point], path: Pa
     figure.suptitle(
         f"{settings['model']}: {settings['sampler']}, {settings['steps']} steps, {settings['count']} images (95 %)"
     )
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path)
 
 
 def _limits(name: str) -> tuple[float | None, float | None]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..plots import save_figure
 from .estimates import from_json, to_json
-from .output import environment, table
+from .output import environment, read_entries, table
 from .restore import BASELINES, MEASURES, METHODS, Point, Settings
 
 
@@ -90,27 +89,15 @@ def read_points(path: Path, settings: Settings) -> list[Point]:
     Raises:
         ValueError: the file is none of this benchmark, or of other settings.
     """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found: dict[str, Any] = dict(content["settings"])
-        points = [
-            Point(
-                entry["method"],
-                entry["calls"],
-                {name: from_json(entry["figures"][name]) for name in MEASURES},
-            )
-            for entry in content["points"]
-        ]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--json {path} holds no table of this benchmark; give another file") from error
-    for name, value in asdict(settings).items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"--json {path} was made with {name}={found.get(name)!r}, not {value!r}; give another file"
-            )
-    return points
+    return read_entries(
+        path,
+        "table",
+        asdict(settings),
+        lambda content: [
+            Point(one["method"], one["calls"], {name: from_json(one["figures"][name]) for name in MEASURES})
+            for one in content["points"]
+        ],
+    )
 
 
 def plot_restore(settings: Settings, points: Sequence[Point], path: Path) -> None:
@@ -147,5 +134,4 @@ def plot_restore(settings: Settings, points: Sequence[Point], path: Path) -> Non
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
     figure.suptitle(f"{Path(settings.model).name}: {settings.count} test images")
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path)

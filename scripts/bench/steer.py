@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import DiTPipeline
 
-from fewstep.guidance import Reward, class_log_probability, decoder_of
+from fewstep.guidance import decoder_of
 from fewstep.metrics import DigitsClassifier
 from fewstep.samplers import SAMPLERS, Denoiser, sample
 
 from ..generation.model import load_model
-from .steer_methods import METHODS, NOISES, Sampling
+from .steer_methods import METHODS, NOISES, Sampling, class_reward
 from .steer_reference import Reference
 
 TARGETS: Mapping[str, tuple[int, ...]] = {
@@ -93,7 +93,7 @@ class Bench:
             raise ValueError(f"--model {model.name} is no DiTPipeline of digits; give one of classes 0 to 9")
         scheduler = SAMPLERS[settings.sampler].build(model.scheduler_config)
         scheduler.set_timesteps(settings.steps)
-        if not any(call.is_stochastic for call in scheduler.plan):
+        if not scheduler.plan.is_stochastic:
             raise ValueError(f"--sampler {settings.sampler} draws no noise, so that copies never part; use sde-dpm++")
         self._pipeline = model.pipeline
         self._pipeline.vae.requires_grad_(False)
@@ -125,16 +125,9 @@ class Bench:
     def sampling(self, target: str, seed: int) -> Sampling:
         """The unconditional model with the log-probability of the target as reward."""
         settings = self.settings
-        log_probability: Callable[[torch.Tensor], torch.Tensor] = class_log_probability(
-            self._classifier, TARGETS[target]
-        )
-
-        def reward(images: torch.Tensor) -> torch.Tensor:
-            return log_probability(2.0 * images - 1.0)
-
         return Sampling(
             self._pipeline,
-            Reward(reward, decode=self._decode, name=f"class {target}", batch_size=_CHUNK),
+            class_reward(self._pipeline, self._classifier, TARGETS[target], f"class {target}"),
             sampler=settings.sampler,
             steps=settings.steps,
             count=settings.count,

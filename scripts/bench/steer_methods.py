@@ -17,7 +17,10 @@ from fewstep.guidance import (
     Guidance,
     Reward,
     RewardTilt,
+    class_log_probability,
+    decoder_of,
 )
+from fewstep.metrics import DigitsClassifier
 from fewstep.samplers import SAMPLERS, Denoiser, PlanScheduler, sample
 from fewstep.samplers.per_sample import DenoisingChain
 
@@ -29,6 +32,9 @@ _START = 0.2
 
 _EVERY = 2
 """Calls from one resampling of particles to the next."""
+
+_JUDGED = 50
+"""Images that the reward sees at a time."""
 
 NOISES = 2**20
 """Noises of a seed. Generators read 32 bits."""
@@ -126,6 +132,12 @@ class Sampling:
     def random(self, *key: int) -> np.random.Generator:
         """For draws from what was made."""
         return np.random.default_rng([self.seed, *key])
+
+
+def class_reward(pipeline: DiTPipeline, classifier: DigitsClassifier, classes: Sequence[int], name: str) -> Reward:
+    """The log-probability of some digits, of latents."""
+    log_probability = class_log_probability(lambda images: classifier(2.0 * images - 1.0), classes)
+    return Reward(log_probability, decode=decoder_of(pipeline), name=name, batch_size=_JUDGED)
 
 
 Steps = Iterator[tuple[int, torch.Tensor]]

@@ -11,7 +11,7 @@ import torch
 
 from fewstep.metrics import DigitsClassifier, FeatureStatistics, frechet_distance
 
-from ..training.data import LabelledImages, load_images
+from .digits import real_digits
 
 _COMPONENTS = 40
 _FITTED = 10_000
@@ -95,7 +95,7 @@ class Reference:
     """
 
     def __init__(self, data: Path, targets: Mapping[str, Sequence[int]], count: int) -> None:
-        train, self._test = (_digits(data, split) for split in ("train", "test"))
+        train, self._test = (real_digits(data, split) for split in ("train", "test"))
         self._targets = {name: torch.tensor(labels) for name, labels in targets.items()}
         for name, labels in self._targets.items():
             for split, images in (("training", train), ("test", self._test)):
@@ -141,13 +141,6 @@ class Reference:
     def _features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen = torch.cat([self._classifier.features(part) for part in images.split(_CHUNK)])
         return seen, self._pixels.features(images)
-
-
-def _digits(data: Path, split: str) -> LabelledImages:
-    found = load_images(data, split=split)
-    if found.images.shape[1] != 1 or set(found.labels.tolist()) != set(range(10)):
-        raise ValueError(f"--data {data} holds no grey images of the classes 0 to 9 in its {split} split; give MNIST")
-    return found
 
 
 def _moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

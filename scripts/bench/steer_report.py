@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
-
-from ..files import replace_file
-from .output import environment, table
+from ..plots import save_figure
+from .estimates import Mean, mean_of
+from .output import environment, read_entries, table
 from .steer import REFERENCES, TARGETS, Point, Settings
 from .steer_methods import METHODS
 from .steer_reference import MEASURES
@@ -21,33 +19,6 @@ BASELINES = ("best-of-n", "importance", "fk", "smc", "svdd", "gradient")
 """What tree sampling is compared with: methods that do not give up variety for reward on purpose."""
 
 _EQUAL_CALLS = (("svdd", "best-of-n"), ("svdd", "fk"), ("svdd", "smc"), ("svdd-greedy", "best-of-n"))
-
-
-class Mean(NamedTuple):
-    """A mean over seeds.
-
-    Attributes:
-        value: the mean.
-        half_width: of its 95 % interval by Student's t; infinite for a single seed.
-    """
-
-    value: float
-    half_width: float
-
-    def show(self, digits: int, *, sign: bool = False) -> str:
-        """As text, such as ``1.2 +- 0.3``."""
-        number = f"{self.value:+.{digits}f}" if sign else f"{self.value:.{digits}f}"
-        return number if math.isinf(self.half_width) else f"{number} +- {self.half_width:.{digits}f}"
-
-
-def mean_of(values: Sequence[float]) -> Mean:
-    """The mean of one figure a seed, with its interval."""
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count == 1:
-        return Mean(mean, math.inf)
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return Mean(mean, float(student.ppf(0.975, count - 1)) * math.sqrt(variance / count))
 
 
 class Cell(NamedTuple):
@@ -213,22 +184,13 @@ def read_points(path: Path, settings: Settings) -> list[Point]:
     Raises:
         ValueError: the file is none of this benchmark, or of other settings.
     """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found: dict[str, Any] = dict(content["settings"])
-        points = [Point(**entry) for entry in content["points"]]
-        known = all({*point.figures} == {*MEASURES} and point.target in TARGETS for point in points)
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"--json {path} holds no table of this benchmark; give another file") from error
-    if not known:
-        raise ValueError(f"--json {path} holds no table of this benchmark; give another file")
-    for name, value in asdict(settings).items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"--json {path} was made with {name}={found.get(name)!r}, not {value!r}; give another file"
-            )
+    return read_entries(path, "table", asdict(settings), _read)
+
+
+def _read(content: Mapping[str, Any]) -> list[Point]:
+    points = [Point(**entry) for entry in content["points"]]
+    if not all({*point.figures} == {*MEASURES} and point.target in TARGETS for point in points):
+        raise ValueError("points of other measures or targets")
     return points
 
 
@@ -253,8 +215,7 @@ def plot_steer(settings: Settings, results: Results, path: Path) -> None:
         f"{Path(settings.model).name}, {settings.sampler}, {settings.steps} steps: sets of {settings.count} images, "
         f"lambda {settings.scale:g}; 95 % intervals over seeds"
     )
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _draw(panel: Any, results: Results, target: str, measure: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from fewstep.metrics import DigitsClassifier, Estimate, class_agreement, digits_
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers.stitch import StitchedDenoiser
 
-from ..files import replace_file
 from ..generation.model import load_model
 from ..generation.stitched import check_interchangeable
+from ..plots import save_figure
 from .digits import features_of, generate
 from .estimates import frechet_estimate, from_json, to_json
-from .output import environment, table
+from .output import environment, read_entries, table
 
 _TIMED_ON = ("processor", "torch_threads")
 _CLAIM = 0.4
@@ -157,21 +156,13 @@ def read_points(path: Path, settings: Settings) -> list[Point]:
     Raises:
         ValueError: the file is none of this benchmark, or of other settings, or of another machine.
     """
-    if not path.exists():
-        return []
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found: dict[str, Any] = {**content["settings"], **{key: content["environment"][key] for key in _TIMED_ON}}
-        points = [Point(**{**entry, "frechet": from_json(entry["frechet"])}) for entry in content["points"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"--json {path} holds no curve of this benchmark; give another file") from error
-    here = environment()
-    for name, value in {**asdict(settings), **{key: here[key] for key in _TIMED_ON}}.items():
-        if found.get(name) != value:
-            raise ValueError(
-                f"--json {path} was made with {name}={found.get(name)!r}, not {value!r}; give another file"
-            )
-    return points
+    return read_entries(
+        path,
+        "curve",
+        asdict(settings),
+        lambda content: [Point(**{**one, "frechet": from_json(one["frechet"])}) for one in content["points"]],
+        same_machine=_TIMED_ON,
+    )
 
 
 def stitch_table(points: Sequence[Point]) -> str:
@@ -238,5 +229,4 @@ def plot_stitch(settings: Settings, points: Sequence[Point], path: Path) -> None
     guidance = "" if settings.guidance_scale == 1.0 else f", guidance {settings.guidance_scale:g}"
     names = f"{Path(settings.small).name} then {Path(settings.large).name}"
     figure.suptitle(f"{names}: {settings.sampler}, {settings.steps} steps, {settings.count} images{guidance}")
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..tuning.searched import error_fitness, search
 from ..tuning.task import STATISTICS, Batch, Conditions, Inputs, change, ends, errors, followed, noises
 from .accuracy import MIXTURE
 from .digits import features_of
-from .output import STABLE_DIFFUSION, table
+from .output import STABLE_DIFFUSION, read_entries, table
 from .rivals import Rival, rivals
 
 METHODS = ("unipc", "dc", "s3", "learned")
@@ -305,14 +304,11 @@ def read_results(path: Path, settings: Mapping[str, Any]) -> list[Result]:
     Raises:
         ValueError: the file holds something else, or results of other settings.
     """
-    if not path.exists():
-        return []
-    try:
-        data = json.loads(path.read_text())
-        found = [Result(**{**one, "frechet_interval": tuple(one["frechet_interval"])}) for one in data["results"]]
-        same = data["settings"] == json.loads(json.dumps(settings))
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path} holds no results of this benchmark; name another file") from None
-    if not same:
-        raise ValueError(f"{path} holds results of other settings; name another file, or give the same ones")
-    return found
+    return read_entries(
+        path,
+        "results",
+        settings,
+        lambda content: [
+            Result(**{**one, "frechet_interval": tuple(one["frechet_interval"])}) for one in content["results"]
+        ],
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from ..generation.choices import unknown
 from ..generation.options import parse_options
 from ..tuning.task import ends
 from .estimates import frechet_estimate, from_json, to_json
-from .output import table
+from .output import read_entries, table
 from .tuned import Digits
 
 _CLEAN, _IMAGES = 40_000, 20_000
@@ -145,17 +144,12 @@ def read_points(path: Path, settings: Mapping[str, Any]) -> list[Point]:
     Raises:
         ValueError: the file holds something else, or points of other settings.
     """
-    if not path.exists():
-        return []
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        found = [
+    return read_entries(
+        path,
+        "points",
+        settings,
+        lambda content: [
             Point(**{**one, **{name: from_json(one[name]) for name in ("frechet", "magnitude")}})
-            for one in data["points"]
-        ]
-        same = data["settings"] == settings
-    except (OSError, KeyError, TypeError, ValueError):
-        raise ValueError(f"--json {path} holds no points of this benchmark; give another file") from None
-    if not same:
-        raise ValueError(f"--json {path} holds points of other settings; give another file, or the same settings")
-    return found
+            for one in content["points"]
+        ],
+    )

@@ -139,9 +139,10 @@ def accuracy(json_file: Path | None, plot_file: Path | None) -> None:
     """
     from tqdm import tqdm
 
-    from ..bench.accuracy import accuracy_curves, accuracy_table, check_plot, plot_accuracy
+    from ..bench.accuracy import accuracy_curves, accuracy_table, plot_accuracy
     from ..bench.output import environment
     from ..files import check_files, write_json
+    from ..plots import check_plot
 
     check_files(json_file, plot_file)
     if plot_file is not None:

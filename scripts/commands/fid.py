@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .words import parse_names
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -115,7 +117,6 @@ def _evaluate(source: ReferenceSource, given: dict[str, Any], output: Path) -> N
     import torch
     from accelerate import PartialState
 
-    from ..bench.accuracy import check_plot
     from ..fid.folder import EvaluationFolder
     from ..fid.plot import plot_results
     from ..fid.report import results_table
@@ -124,6 +125,7 @@ def _evaluate(source: ReferenceSource, given: dict[str, Any], output: Path) -> N
     from ..fid.stopwatch import Stopwatch
     from ..files import check_files
     from ..generation.model import resolve_device
+    from ..plots import check_plot
 
     resolved = resolve_device(given["device"])
     plot_file: Path | None = given["plot_file"]
@@ -186,14 +188,9 @@ def _load_extractor(given: dict[str, Any], device: str) -> FeatureExtractor:
 def _read_metrics(text: str | None, extractor: FeatureExtractor) -> tuple[str, ...]:
     from fewstep.metrics import IMAGE_METRICS
 
-    from ..generation.choices import unknown
-
     if text is None:
         return ("fid",) if extractor.classes is None else ("fid", "is")
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in IMAGE_METRICS:
-            raise unknown("metrics", name, IMAGE_METRICS)
+    names = parse_names("metrics", text, IMAGE_METRICS)
     if "is" in names and extractor.classes is None:
         raise ValueError(f"metrics: features {extractor.name!r} have no classes for 'is'; use digits or inception")
     return tuple(dict.fromkeys(names))

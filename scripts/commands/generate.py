@@ -77,7 +77,7 @@ def generate(
     from ..generation.model import resolve_device, resolve_name
     from ..generation.record import check_writable, read_settings
     from ..generation.request import check_against, check_settings
-    from ..generation.reward_plot import check_plot, plot_rewards
+    from ..generation.reward_plot import check_reward_plot, plot_rewards
     from ..generation.run import generate_images
     from ..generation.stitched import load_stitched
 
@@ -94,7 +94,7 @@ def generate(
         settings = replace(settings, model=resolve_name(settings.model), device=resolve_device(device))
         check_settings(settings)
         if plot is not None:
-            check_plot(plot, settings.steering)
+            check_reward_plot(plot, settings.steering)
         check_inputs(settings.inputs)
         model = load_stitched(settings)
     else:
@@ -136,7 +136,7 @@ def _read_request(
         read_prompts,
         unconditional,
     )
-    from ..generation.reward_plot import check_plot
+    from ..generation.reward_plot import check_reward_plot
     from ..generation.schedulers import resolve_sampler
     from ..generation.steering import CORRECTED, read_steering
     from ..generation.stitched import load_stitched, resolved_stitch
@@ -151,7 +151,7 @@ def _read_request(
     if steering is not None and compare is None and not sampler_named:
         names = [steering.kind.sampler]
     if plot is not None:
-        check_plot(plot, steering)
+        check_reward_plot(plot, steering)
     prompts = tuple(given["prompts"])
     if given["prompts_file"] is not None:
         prompts += read_prompts(given["prompts_file"])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_names
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -36,10 +38,7 @@ def loop(
     from ..generation.model import DTYPES, resolve_device
 
     check_files(json_file)
-    names = [word.strip() for word in models.split(",")]
-    for name in names:
-        if name not in MODELS:
-            raise unknown("models", name, MODELS)
+    names = parse_names("models", models, MODELS)
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     device = resolve_device(device)

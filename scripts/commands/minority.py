@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_numbers, parse_whole_numbers
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -43,14 +45,13 @@ def minority(
     """
     from fewstep.samplers import SAMPLERS
 
-    from ..bench.accuracy import check_plot
+    from ..bench.digits import real_digits
     from ..bench.minority import (
         REAL,
         REFERENCE,
         Bench,
         Point,
         minority_table,
-        mnist,
         plot_minority,
         read_points,
         real_features,
@@ -59,21 +60,23 @@ def minority(
     from ..bench.output import environment
     from ..files import check_files, write_json
     from ..generation.choices import unknown
+    from ..generation.model import DIGITS
+    from ..plots import check_plot
 
-    if model not in ("digits-small", "digits-large"):
-        raise unknown("model", model, ("digits-small", "digits-large"))
+    if model not in DIGITS:
+        raise unknown("model", model, DIGITS)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
     guidance = parse_numbers("guidance-scale", weights, 1.0, 100.0)
     strengths = {
         "minority": parse_numbers("scales", scales, 0.0, 1000.0),
-        "self-minority": parse_numbers("self-scales", self_scales, 0.0, 1000.0),
+        "self-minority": parse_numbers("self-scales", self_scales, 0.0, 1000.0, empty=True),
     }
-    classes = [int(number) for number in parse_numbers("target", target, 0.0, 9.0, whole=True)]
+    classes = parse_whole_numbers("target", target, 0, 9)
     check_files(json_file, plot_file)
     if plot_file is not None:
         check_plot(plot_file)
-    reference = mnist(data, "test")
+    reference = real_digits(data, "test")
     settings = {
         "model": model,
         "data": reference.fingerprint,
@@ -93,7 +96,7 @@ def minority(
         bench = Bench(model, sampler, steps, count, classes, real_features(reference, REFERENCE)[0])
         for method, weight, scale in missing:
             if method == REAL:
-                figures = bench.figures(*real_features(mnist(data, "train"), count))
+                figures = bench.figures(*real_features(real_digits(data, "train"), count))
                 points.append(Point(REAL, weight, scale, figures))
             else:
                 points.append(bench.measure(method, weight, scale))
@@ -103,20 +106,3 @@ def minority(
     click.echo(minority_table(chosen))
     if plot_file is not None:
         plot_minority(settings, chosen, plot_file)
-
-
-def parse_numbers(option: str, text: str, low: float, high: float, *, whole: bool = False) -> list[float]:
-    """Numbers from ``"1,2"``; an empty text has none.
-
-    Raises:
-        ValueError: no numbers in the range, or one twice.
-    """
-    try:
-        numbers = [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        numbers = [float("nan")]
-    fit = all(low <= n <= high and (n.is_integer() or not whole) for n in numbers)
-    if not fit or len(set(numbers)) < len(numbers) or (not numbers and option != "self-scales"):
-        kind = "whole numbers" if whole else "numbers"
-        raise ValueError(f"--{option} {text!r}: give {kind} from {low:g} to {high:g}, each once, separated by commas")
-    return numbers

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_names
+
 _PATH = click.Path(path_type=Path)
 
 
@@ -24,17 +26,13 @@ def replicate(quick: bool, names: str | None, data: Path | None, output: Path) -
 
     from ..bench.output import table
     from ..files import write_json, write_text
-    from ..generation.choices import unknown
     from ..replication.catalogue import CLAIMS
     from ..replication.claims import Scale
     from ..replication.report import markdown, page, report
     from ..replication.run import replicate as measure
 
     known = {claim.key: claim for claim in CLAIMS}
-    keys = list(known) if names is None else [name.strip() for name in names.split(",")]
-    for key in keys:
-        if key not in known:
-            raise unknown("claim", key, known)
+    keys = list(known) if names is None else parse_names("claim", names, known)
     if data is not None and not data.is_file():
         raise ValueError(f"--data {data} is no file; give an .npz with x_test and y_test")
     if output.exists() and not output.is_dir():

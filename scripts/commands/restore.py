@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_names, parse_whole_numbers
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -39,19 +41,15 @@ def restore(
     of the clean one, the mean. Frechet distance: of the features of all restored images from those of the clean ones.
     Below the table: the fewest calls of the MR Sampler that show no loss against a baseline at its most calls.
     """
-    from ..bench.accuracy import check_plot
     from ..bench.restore import METHODS, Bench, Settings
     from ..bench.restore_report import claims, plot_restore, read_points, report, restore_table
     from ..files import check_files, write_json
-    from ..generation.choices import unknown
     from ..generation.model import resolve_device, resolve_name
+    from ..plots import check_plot
     from ..training.data import load_images
 
-    names = list(METHODS) if methods is None else methods.split(",")
-    for name in names:
-        if name not in METHODS:
-            raise unknown("methods", name, METHODS)
-    numbers = parse_calls(calls)
+    names = list(METHODS) if methods is None else parse_names("methods", methods, METHODS)
+    numbers = parse_whole_numbers("calls", calls, 1)
     check_files(json_file, plot_file)
     if plot_file is not None:
         check_plot(plot_file)
@@ -78,18 +76,3 @@ def restore(
         click.echo(line)
     if plot_file is not None:
         plot_restore(settings, points, plot_file)
-
-
-def parse_calls(text: str) -> list[int]:
-    """Numbers of calls from ``"1,2,5"``.
-
-    Raises:
-        ValueError: no whole numbers from 1, or one twice.
-    """
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
-        raise ValueError(f"--calls {text!r}: give whole numbers from 1, each once, such as 1,5,20")
-    return numbers

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_names, parse_whole_numbers
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -57,6 +59,7 @@ def steer(
     gradient     fk whose proposals follow the reward's gradient; with N = 1
                  gradient guidance alone
     dts          one tree for all images, which are drawn from it
+    dts-uniform  the same with uniform selection, whose values have no bias
     dts-uniform  the same with uniform selection, which leaves its values unbiased
     dts-star     one tree for all images, which are its best leaves
 
@@ -69,7 +72,6 @@ def steer(
 
     from fewstep.samplers import SAMPLERS
 
-    from ..bench.accuracy import check_plot
     from ..bench.steer import REFERENCES, TARGETS, Bench, Settings
     from ..bench.steer_methods import METHODS
     from ..bench.steer_reference import Reference
@@ -77,16 +79,14 @@ def steer(
     from ..files import check_files, write_json
     from ..generation.choices import unknown
     from ..generation.model import resolve_device, resolve_name
+    from ..plots import check_plot
     from ..training.data import load_images
 
-    wanted, names = targets.split(","), list(METHODS) if methods is None else methods.split(",")
-    for option, known, given in (("targets", TARGETS, wanted), ("methods", METHODS, names)):
-        for name in given:
-            if name not in known:
-                raise unknown(option, name, known)
+    wanted = parse_names("targets", targets, TARGETS)
+    names = list(METHODS) if methods is None else parse_names("methods", methods, METHODS)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
-    runs = parse_budgets(budgets)
+    runs = sorted(parse_whole_numbers("budgets", budgets, 1))
     check_files(json_file, plot_file)
     if plot_file is not None:
         check_plot(plot_file)
@@ -121,18 +121,3 @@ def steer(
         click.echo(line)
     if plot_file is not None:
         plot_steer(settings, results, plot_file)
-
-
-def parse_budgets(text: str) -> list[int]:
-    """Rising budgets from ``"1,2,5"``.
-
-    Raises:
-        ValueError: no whole numbers from 1, or one twice.
-    """
-    try:
-        budgets = sorted(int(part) for part in text.split(","))
-    except ValueError:
-        budgets = []
-    if not budgets or budgets[0] < 1 or len(set(budgets)) < len(budgets):
-        raise ValueError(f"--budgets {text!r}: give whole numbers from 1, each once, such as 1,5,10")
-    return budgets

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_numbers
+
 _FILE = click.Path(path_type=Path)
 _ALL = ",".join(f"{k / 10:g}" for k in range(11))
 
@@ -45,13 +47,13 @@ def stitch(
     """
     from fewstep.samplers import SAMPLERS
 
-    from ..bench.accuracy import check_plot
     from ..bench.stitch import Curve, Settings, plot_stitch, read_points, report, stitch_table
     from ..files import check_files, write_json
     from ..generation.choices import unknown
     from ..generation.model import resolve_device, resolve_name
+    from ..plots import check_plot
 
-    chosen = parse_fractions(fractions)
+    chosen = parse_numbers("fractions", fractions, 0.0, 1.0)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
     check_files(json_file, plot_file)
@@ -81,18 +83,3 @@ def stitch(
     click.echo(stitch_table(points))
     if plot_file is not None:
         plot_stitch(settings, points, plot_file)
-
-
-def parse_fractions(text: str) -> list[float]:
-    """Fractions from ``"0,0.5,1"``.
-
-    Raises:
-        ValueError: no numbers from 0 to 1, or one twice.
-    """
-    try:
-        fractions = [float(part) for part in text.split(",")]
-    except ValueError:
-        fractions = []
-    if not fractions or not all(0.0 <= f <= 1.0 for f in fractions) or len(set(fractions)) < len(fractions):
-        raise ValueError(f"--fractions {text!r}: give numbers from 0 to 1, each once, such as 0,0.4,1")
-    return fractions

@@ -11,12 +11,12 @@ import click
 from fewstep.samplers import SAMPLERS, PlanScheduler
 from fewstep.samplers.plan_numbers import FREE
 
-from ..bench.accuracy import check_plot
 from ..files import check_files, write_json
 from ..generation.model import Model, load_model, resolve_device, resolve_name
 from ..generation.options import parse_options
 from ..generation.record import check_writable
 from ..generation.schedulers import parsed_options
+from ..plots import check_plot
 from ..tuning.compensated import fit_ratios
 from ..tuning.learned import fit_table
 from ..tuning.report import REPORT, begin, describe, plot

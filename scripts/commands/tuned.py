@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_names
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -46,15 +48,12 @@ def tuned(
     from ..bench.tuned import METHODS, Comparison, Digits, Mixture, Size, read_results, report, tuned_table
     from ..files import check_files, write_json
     from ..generation.choices import unknown
-    from ..generation.model import BUNDLED
+    from ..generation.model import DIGITS
 
-    wanted, steps = _list(methods), [_number("--calls", word, 3, 50) for word in _list(calls)]
+    wanted, steps = parse_names("method", methods, METHODS), [_number("--calls", word, 3, 50) for word in _list(calls)]
     guidance = [_number("--guidance-scale", word, 1, 100) for word in _list(scales)]
-    for name in wanted:
-        if name not in METHODS:
-            raise unknown("method", name, METHODS)
-    if model not in (*BUNDLED, "mixture") or model == "digits-restore":
-        raise unknown("model", model, ("digits-small", "digits-large", "mixture"))
+    if model not in (*DIGITS, "mixture"):
+        raise unknown("model", model, (*DIGITS, "mixture"))
     check_files(json_file)
     size = Size(held_out, images, iterations, rounds, polish)
     settings = {"model": model, **asdict(size)}

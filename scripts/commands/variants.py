@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from .words import parse_numbers
+
 _FILE = click.Path(path_type=Path)
 
 
@@ -31,13 +33,14 @@ def variants(samplers: str, model: str, steps: int, scales: str, count: int, jso
     from ..bench.variants import Variants, parse_sampler, read_points, report, variants_table
     from ..files import check_files, write_json
     from ..generation.choices import unknown
+    from ..generation.model import DIGITS
 
     names = [word.strip() for word in samplers.split(",")]
     for name in names:
         parse_sampler(name)
-    if model not in ("digits-small", "digits-large"):
-        raise unknown("model", model, ("digits-small", "digits-large"))
-    guidance = [_scale(word) for word in scales.split(",")]
+    if model not in DIGITS:
+        raise unknown("model", model, DIGITS)
+    guidance = parse_numbers("guidance-scale", scales, 1.0, 100.0)
     check_files(json_file)
     settings = {"model": model, "steps": steps, "count": count}
     points = [] if json_file is None else read_points(json_file, settings)
@@ -53,13 +56,3 @@ def variants(samplers: str, model: str, steps: int, scales: str, count: int, jso
     wanted = [(name, scale) for scale in guidance for name in names]
     chosen = {(point.sampler, point.guidance_scale): point for point in points}
     click.echo(variants_table([chosen[key] for key in wanted]))
-
-
-def _scale(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = float("nan")
-    if not 1.0 <= value <= 100.0:
-        raise ValueError(f"--guidance-scale {word!r} must be a number from 1 to 100")
-    return value

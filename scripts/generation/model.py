@@ -22,7 +22,10 @@ from fewstep.samplers import RestorationPipeline, StitchedDenoiser
 from .choices import unknown
 from .inputs import image_channels
 
-BUNDLED = ("digits-small", "digits-large", "digits-restore")
+DIGITS = ("digits-small", "digits-large")
+"""The bundled models whose images the bundled classifiers know."""
+
+BUNDLED = (*DIGITS, "digits-restore")
 """Models of handwritten digits, 32 by 32 pixels, that come with the package: two class-conditional ones, and one that
 undoes blur and noise."""
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import check_files, replace_file
+from ..files import check_files
+from ..plots import check_plot, save_figure
 from .steering import Steering
 
-_FORMATS = (".png", ".svg", ".pdf")
 
-
-def check_plot(path: Path, steering: Steering | None) -> None:
+def check_reward_plot(path: Path, steering: Steering | None) -> None:
     """Refuses what ``plot_rewards`` could not draw, before anything is made.
 
     Raises:
@@ -23,11 +21,8 @@ def check_plot(path: Path, steering: Steering | None) -> None:
     """
     if steering is None or not steering.rewards or not steering.kind.particles:
         raise ValueError("plot draws the rewards of a steered run: give --reward and a --steer that follows it")
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"plot {path} must end in one of {', '.join(_FORMATS)}")
+    check_plot(path)
     check_files(path)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError('plot needs matplotlib; install it with pip install "fewstep[plot]"')
 
 
 def plot_rewards(steering: Steering, accounts: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -58,8 +53,7 @@ def plot_rewards(steering: Steering, accounts: Sequence[Mapping[str, Any]], path
     panel.set_title(f"{steering.method}: {what}", fontsize="medium")
     panel.legend()
     panel.grid(alpha=0.3)
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path)
 
 
 def reward_curve(steering: Steering, history: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:

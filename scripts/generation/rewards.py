@@ -18,14 +18,11 @@ from fewstep.guidance import (
 )
 from fewstep.samplers import BranchedDenoiser, Denoiser
 
-from .model import Model
+from .model import DIGITS, Model
 from .steering import RewardWord, Steering, parse_reward
 
 Score = Callable[[torch.Tensor], torch.Tensor]
 """Of images in [0, 1], ``(batch, C, H, W)``, to ``(batch,)``."""
-
-DIGITS = ("digits-small", "digits-large")
-"""The models whose images the bundled classifiers know."""
 
 
 def load_scores(steering: Steering, model: Model) -> list[Score]:

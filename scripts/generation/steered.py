@@ -6,7 +6,6 @@ unit of work, so images are the same bit for bit whatever else the run makes.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 
 from fewstep.guidance import FeynmanKacScheduler
 from fewstep.samplers import Denoiser, PlanScheduler
+from fewstep.samplers.loop import tried
 from fewstep.samplers.options import DEFAULTS
 
 from .arguments import pipeline_inputs
@@ -119,7 +119,7 @@ def _check_noise(steering: Steering, scheduler: PlanScheduler, steps: int) -> No
     """Refuses a sampler that draws no noise where copies must part, and one that does where noise must tell all."""
     if steering.kind.noise not in ("needed", "refused"):
         return
-    noisy = any(call.is_stochastic for call in _tried(scheduler, steps).plan)
+    noisy = tried(scheduler, steps).plan.is_stochastic
     if steering.kind.noise == "needed" and not noisy:
         raise ValueError(
             f"steer {steering.method} needs a sampler that draws noise, and this one draws none in {steps} steps; take "
@@ -129,11 +129,3 @@ def _check_noise(steering: Steering, scheduler: PlanScheduler, steps: int) -> No
         raise ValueError(
             f"steer {steering.method} needs a sampler that draws no noise of its own; take dpm++ or leave --sampler out"
         )
-
-
-def _tried(scheduler: PlanScheduler, steps: int) -> PlanScheduler:
-    """A copy with its timesteps set."""
-    tried = copy.deepcopy(scheduler)
-    # Pipelines choose mu by the size of the image; how many calls there are and whether they draw noise is the same.
-    tried.set_timesteps(steps, mu=1.0 if tried.config.get("use_dynamic_shifting") else None)
-    return tried

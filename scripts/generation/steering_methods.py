@@ -28,9 +28,10 @@ from fewstep.guidance import (
     squared_distance,
 )
 from fewstep.samplers import Denoiser, DenoisingChain, PlanScheduler, sample
+from fewstep.samplers.noise import derived_seed
 
-from .model import Model
-from .rewards import DIGITS, WatchedReward
+from .model import DIGITS, Model
+from .rewards import WatchedReward
 from .steering import POPULATION, Steering, number
 
 _DISTANCES = {"squared": squared_distance, "absolute": absolute_distance}
@@ -69,7 +70,7 @@ class Work:
 
     def run(self) -> torch.Tensor:
         """All samples of the denoiser's batch, ``(particles, ...)``."""
-        seeds = [self.seed, *(_seed(self.seed, k) for k in range(1, self.particles))]
+        seeds = [self.seed, *(derived_seed(self.seed, k) for k in range(1, self.particles))]
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return sample(self.denoiser, self.scheduler, self.steps, generator=generators)
 
@@ -276,8 +277,3 @@ RUNS: Mapping[str, Callable[[Work], Run]] = {
     "self-minority": _self_minority,
 }
 """From the work of an image to its run, by method; making the run checks the options."""
-
-
-def _seed(seed: int, particle: int) -> int:
-    entropy = np.random.SeedSequence(seed, spawn_key=(particle,)).generate_state(1, np.uint64)
-    return int(entropy[0] >> 1)

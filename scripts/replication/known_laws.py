@@ -20,6 +20,7 @@ from fewstep.metrics import Estimate, GaussianMixture
 from fewstep.samplers import SAMPLERS, PlanScheduler
 from fewstep.samplers.per_sample import DenoisingChain
 
+from ..bench import estimates
 from ..bench.output import STABLE_DIFFUSION
 from .claims import Finding, Measurement, Rule, Scale, percent
 
@@ -39,8 +40,7 @@ def leave_one_out(statistic: Callable[[torch.Tensor], float], groups: int) -> Es
 
 def mean_of(setting: str, values: torch.Tensor, rule: Rule, unit: str = "") -> Finding:
     """The mean of independent differences ``(count,)`` with Student's 95 % interval; what is claimed is 0."""
-    value = float(values.double().mean())
-    half = float(stdtrit(len(values) - 1, 0.975)) * float(values.double().std()) / math.sqrt(len(values))
+    value, half = estimates.mean_of(values.double().tolist())
     return Finding(setting, value, value - half, value + half, 0.0, rule, unit)
 
 

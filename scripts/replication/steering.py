@@ -8,12 +8,13 @@ import itertools
 import torch
 from diffusers import DiTPipeline
 
-from fewstep.guidance import RandomSearch, Reward, ZeroOrderSearch, class_log_probability, decoder_of
+from fewstep.guidance import RandomSearch, ZeroOrderSearch, decoder_of
 from fewstep.metrics import DigitsClassifier, Estimate
 from fewstep.samplers import SAMPLERS, Denoiser, sample
 
-from ..bench.minority import RARITY, REFERENCE, Bench, mnist, real_features
-from ..bench.steer_methods import METHODS, Sampling
+from ..bench.digits import real_digits
+from ..bench.minority import RARITY, REFERENCE, Bench, real_features
+from ..bench.steer_methods import METHODS, Sampling, class_reward
 from ..generation.model import load_model
 from . import known_laws, masked
 from .claims import Claim, Finding, Measurement, Rule, Scale, percent
@@ -42,10 +43,9 @@ def _pipeline(model: str) -> DiTPipeline:
 def _rewards(model: str, method: str, runs: int, seeds: int, count: int) -> torch.Tensor:
     """Mean log-probability of the target, ``(seeds,)``, of sets of images by one method."""
     pipeline = _pipeline(model)
-    log_probability = class_log_probability(_classifier(), _TARGET)
+    reward = class_reward(pipeline, _classifier(), [_TARGET], f"class {_TARGET}")
     found = []
     for seed in range(seeds):
-        reward = Reward(lambda images: log_probability(2.0 * images - 1.0), decode=decoder_of(pipeline))
         sampling = Sampling(
             pipeline, reward, sampler="sde-dpm++", steps=10, count=count, scale=5.0, seed=seed, batch_size=100
         )
@@ -89,7 +89,7 @@ def _minority(scale: Scale) -> Measurement:
     reference = (
         _generated(300 if scale.quick else 2000)
         if scale.data is None
-        else real_features(mnist(scale.data, "test"), REFERENCE)[0]
+        else real_features(real_digits(scale.data, "test"), REFERENCE)[0]
     )
     bench = Bench(scale.model, "dpm++", 10, count, [9], reference)
     findings = []

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import changed_settings, replace_file, write_json
+from ..files import changed_settings, write_json
+from ..plots import save_figure
 
 SETTINGS, REPORT = "settings.json", "tuning.json"
 
@@ -65,5 +66,4 @@ def plot(path: Path, curves: Mapping[str, Sequence[float]], xlabel: str) -> None
     panel.set(xlabel=xlabel, ylabel="error", yscale="log")
     panel.grid(which="both", alpha=0.3)
     panel.legend()
-    with replace_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=150)
+    save_figure(figure, path)

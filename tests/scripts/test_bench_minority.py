@@ -15,19 +15,18 @@ from PIL import Image
 
 from fewstep.metrics import DigitsClassifier, Estimate, average_knn_distance, class_agreement, rarity_score
 from fewstep.samplers import SAMPLERS
-from fewstep.scripts.bench.digits import generate
+from fewstep.scripts.bench.digits import generate, real_digits
 from fewstep.scripts.bench.minority import (
     MEASURES,
     Bench,
     Point,
     agrees,
     minority_table,
-    mnist,
     read_points,
     real_features,
     rises,
 )
-from fewstep.scripts.commands.minority import parse_numbers
+from fewstep.scripts.commands.words import parse_numbers
 from fewstep.scripts.generation.model import load_model
 from model_folders import assert_refused, invoke
 
@@ -61,7 +60,7 @@ def test_figures_are_those_of_the_pipeline_and_a_run_goes_on(archive: Path, tmp_
     assert [one["scale"] for one in (base, guided)] == [0.0, 2.0]
 
     classifier = DigitsClassifier.bundled()
-    reference = real_features(mnist(archive, "test"), 60)[0]
+    reference = real_features(real_digits(archive, "test"), 60)[0]
     pipeline = load_model("digits-small", "float32", "cpu").pipeline
     pipeline.scheduler = SAMPLERS["dpm++"].build(pipeline.scheduler.config)
     images = generate(pipeline, range(COUNT), steps=3, scale=2.0, seed=50_000)
@@ -151,5 +150,5 @@ def test_refusals(archive: Path, words: Any, message: str) -> None:
 
 
 def test_numbers() -> None:
-    assert parse_numbers("self-scales", "", 0.0, 1.0) == []
+    assert parse_numbers("self-scales", "", 0.0, 1.0, empty=True) == []
     assert parse_numbers("scales", "0.5,1", 0.0, 1.0) == [0.5, 1.0]

@@ -26,7 +26,8 @@ from fewstep.scripts.bench.stitch import (
     report,
     stitch_table,
 )
-from fewstep.scripts.commands.stitch import parse_fractions, stitch
+from fewstep.scripts.commands.stitch import stitch
+from fewstep.scripts.commands.words import parse_numbers
 from fewstep.scripts.generation.model import load_model
 from model_folders import assert_refused, invoke, pictures, save_class_model, save_unconditional_model
 
@@ -186,7 +187,7 @@ def test_a_file_of_other_settings_is_not_continued(tmp_path: Path) -> None:
 
 
 def test_fractions_are_read_in_order() -> None:
-    assert parse_fractions("1,0, 0.25") == [1.0, 0.0, 0.25]
+    assert parse_numbers("fractions", "1,0, 0.25", 0.0, 1.0) == [1.0, 0.0, 0.25]
 
 
 # ------------------------------------------------------------------------------------------------ fewstep generate
