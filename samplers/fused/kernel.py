@@ -55,7 +55,6 @@ def _normal_of(seed, step, element):
 @triton.jit(do_not_specialize=["first_step", "blocks", "channels"])
 def plan_call(
     outputs,
-    output_strides,
     inputs,
     input_strides,
     ancestors,
@@ -81,7 +80,8 @@ def plan_call(
 ):
     """One program does ``LANES`` blocks of one sample.
 
-    ``inputs`` are the sample, the model's output, given noise and kept tensors; the strides are from sample to sample.
+    ``inputs`` are the sample, the model's output, given noise and kept tensors, ``input_strides``
+    from sample to sample; the samples of outputs and states follow each other.
     """
     COLUMNS: tl.constexpr = len(inputs) + (seeds is not None)
     program = tl.program_id(0)
@@ -93,7 +93,7 @@ def plan_call(
     for i in tl.static_range(len(inputs)):
         source = batch
         if ancestors[i] is not None:
-            source = tl.load(ancestors[i] + batch)
+            source = tl.load(ancestors[i] + batch).to(tl.int64)
         sources = sources + (inputs[i] + source * input_strides[i],)
     if seeds is not None:
         seed = tl.load(seeds + batch)
@@ -114,7 +114,7 @@ def plan_call(
         if state is not None:
             before = batch
             if state_ancestors is not None:
-                before = tl.load(state_ancestors + batch)
+                before = tl.load(state_ancestors + batch).to(tl.int64)
             exact = _read(state + before * size, at, inside)
             # What a callback changed is taken, the rest is as it was before rounding.
             x = tl.where(exact.to(inputs[0].dtype.element_ty).to(tl.float32) == x, exact, x)
@@ -143,7 +143,7 @@ def plan_call(
                 c = coefficients[k * COLUMNS + i]
                 # Zero times what is not finite is nothing here.
                 total += tl.where(c != 0.0, c * values[i], 0.0)
-            target = outputs[k] + batch * output_strides[k]
+            target = outputs[k] + batch * size
             tl.store(target + at, total.to(outputs[k].dtype.element_ty), mask=inside)
             if k == 0 and new_state is not None:
                 tl.store(new_state + batch * size + at, total, mask=inside)

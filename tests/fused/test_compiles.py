@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -33,7 +34,6 @@ def machine_code(capability: int, block: int = 1024, lanes: int = 1, clip: bool 
     inputs, outputs = arguments["inputs"], arguments["outputs"]
     types: dict[str, Any] = {
         "outputs": outputs,
-        "output_strides": ("i32",) * len(outputs),
         "inputs": inputs,
         "input_strides": ("i32",) * len(inputs),
         "ancestors": (None,) * len(inputs),
@@ -69,7 +69,7 @@ def machine_code(capability: int, block: int = 1024, lanes: int = 1, clip: bool 
 @pytest.mark.parametrize("seeds", [None, "*i64"])
 def test_samples_of_one_element(seeds: str | None) -> None:
     """Triton takes a 1 as a constant."""
-    one = {"outputs": ("*fp32",), "inputs": ("*fp32",) * 2, "input_strides": (1, 1), "output_strides": (1,), "size": 1}
+    one = {"outputs": ("*fp32",), "inputs": ("*fp32",) * 2, "input_strides": (1, 1), "size": 1}
     assert "st.global" in machine_code(90, **one, seeds=seeds)
 
 
@@ -137,24 +137,38 @@ class OnlyCompiled:
         self._kernel = kernel
         self.compiled: list[Any] = []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, **options: self.compiled.append(self._kernel.warmup(*args, grid=grid, **options))
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def launch(*args: Any, **options: Any) -> Any:
+            self.compiled.append(self._kernel.warmup(*args, grid=grid, **options))
+            return OnlyCompiled(self._kernel)
+
+        return launch
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests launch these")
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [((2, 4, 16, 16), torch.bfloat16), ((3, 1), torch.float32), ((1, 3, 5), torch.float16)], ids=str
-)
-def test_steps_up_to_the_launch(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton takes the arguments of whole runs, and compiles for them."""
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> OnlyCompiled:
+    """Steps on the CPU take the kernel up to its launch."""
     from triton.runtime import driver
 
     from fewstep.samplers.fused import backend, launch
 
     kernel = OnlyCompiled(launch.plan_call)
     monkeypatch.setattr(launch, "plan_call", kernel)
+    monkeypatch.setattr(launch, "_COMPILED", {})
     monkeypatch.setattr(backend, "_interpreted", lambda: True)
     driver.set_active(NoGPU())  # for good: where there is no GPU nobody misses another
+    return kernel
+
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests launch these")
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((2, 4, 16, 16), torch.bfloat16), ((3, 1), torch.float32), ((1, 3, 5), torch.float16)], ids=str
+)
+def test_steps_up_to_the_launch(shape: tuple[int, ...], dtype: torch.dtype, kernel: OnlyCompiled) -> None:
+    """Triton takes the arguments of whole runs, and compiles for them."""
     for name, options in (("sde-dpm++", {}), ("dpm++", {"thresholding": True, "sample_max_value": 2.0})):
         scheduler = SAMPLERS[name].build(STABLE_DIFFUSION, **options)
         scheduler.set_backend("triton").manual_seed(3, in_kernel=True).set_timesteps(3)
@@ -165,3 +179,70 @@ def test_steps_up_to_the_launch(shape: tuple[int, ...], dtype: torch.dtype, monk
             x = scheduler.step(GuidedOutput(x, x, 3.0), t, x, return_dict=False)[0]
     assert len(kernel.compiled) == 6
     assert all("st.global" in compiled.asm["ptx"] for compiled in kernel.compiled)
+
+
+ALWAYS_OF_ONE_DTYPE = ("bound", "seeds")
+"""Of these only whether they are there differs between launches."""
+FOLLOWS = ("new_state", "block", "lanes", "table", "row_index")
+"""These do not differ, or not on their own."""
+
+
+def variants(value: Any, name: str) -> Iterator[Any]:
+    """Other values of an argument."""
+    if isinstance(value, tuple):
+        for k, element in enumerate(value):
+            yield from ((*value[:k], other, *value[k + 1 :]) for other in variants(element, name))
+    elif value is None:
+        yield torch.zeros(16, dtype=torch.int64)
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (1, 16, 17, *((2**31,) if "stride" in name else ()))
+    else:
+        if name not in ("inputs", "outputs"):
+            yield None
+        if name not in ALWAYS_OF_ONE_DTYPE:
+            yield from (value.to(dtype) for dtype in (torch.float16, torch.int32, torch.int64))
+
+
+@NO_GPU
+def test_kinds_are_those_that_triton_tells_apart(kernel: OnlyCompiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches of one kind skip Triton's own look at their arguments, so that it must not see a difference."""
+    from fewstep.samplers.fused import launch
+
+    launches: list[Any] = []
+    monkeypatch.setattr(launch, "_launch", lambda grid, arguments: launches.append(arguments))
+    for shape, dtype in itertools.product([(2, 4, 8, 8), (2, 1)], (torch.float32, torch.bfloat16)):
+        for name, options in (("sde-dpm++", {}), ("unipc", {"thresholding": True, "sample_max_value": 2.0})):
+            scheduler = SAMPLERS[name].build(STABLE_DIFFUSION, **options).set_backend("triton")
+            scheduler.manual_seed(3, in_kernel=True).set_timesteps(3)
+            x = torch.zeros(shape, dtype=dtype)
+            for t in scheduler.timesteps:
+                if scheduler.step_index == 2:
+                    scheduler._run.reorder(torch.arange(len(x)))
+                x = scheduler.step(GuidedOutput(x, x, 3.0) if scheduler.step_index == 2 else x, t, x)[0]
+    launch.plan_call[1,](*launches[0], enable_fp_fusion=True)
+    *_, binder = kernel._kernel.device_caches[0]
+    checked = 0
+    for arguments in launches:
+        triton_saw, kinds = str(binder(*arguments, debug=False)[1]), arguments.kinds()
+        for name in set(arguments._fields) - set(FOLLOWS):
+            for value in variants(getattr(arguments, name), name):
+                other = arguments._replace(**{name: value})
+                if str(binder(*other, debug=False)[1]) != triton_saw:
+                    checked += 1
+                    assert other.kinds() != kinds, name
+    assert checked > 300
+
+
+@NO_GPU
+def test_tensors_that_begin_anywhere_are_left_to_triton(kernel: OnlyCompiled) -> None:
+    from fewstep.samplers.fused import launch
+
+    x = torch.zeros(2, 64)
+    for moved in (x, torch.zeros(129)[1:].view(2, 64)):
+        scheduler = SAMPLERS["dpm++"].build(STABLE_DIFFUSION).set_backend("triton")
+        scheduler.set_timesteps(1)
+        known = len(launch._COMPILED)
+        scheduler.step(moved, scheduler.timesteps[0], x)
+        assert len(launch._COMPILED) == known + (moved is x)
