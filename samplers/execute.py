@@ -28,7 +28,8 @@ class PlanRun:
     Args:
         plan: what to execute.
         thresholding: applied to the predicted clean sample.
-        backend: ``"torch"`` or ``"triton"``; by default what ``FEWSTEP_BACKEND`` says, or what suits the device.
+        backend: ``"torch"``, ``"compile"`` or ``"triton"``; by default what ``FEWSTEP_BACKEND`` says, or what suits the
+            device.
 
     Attributes:
         plan: what is executed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ FIXED = {SAMPLE: 0, PREDICTION: 1, NOISE: 2}
 """Numbers of the slots that every call has; those of the kept tensors follow."""
 
 
-@functools.cache
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or the dtype of the sample where it is wider."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype is torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

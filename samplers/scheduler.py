@@ -438,8 +438,9 @@ class PlanScheduler(TimedScheduler):
         """Chooses what executes the steps of the runs that begin after it; it is no part of the config.
 
         Args:
-            backend: ``"torch"``, ``"triton"``, or ``None`` for what ``FEWSTEP_BACKEND`` says, or else Triton on CUDA,
-                and torch elsewhere.
+            backend: ``"torch"``; ``"triton"``; ``"compile"`` for one loop a step by ``torch.compile``, which takes
+                seconds the first time and pays on the CPU from some 100,000 elements on; or ``None`` for what
+                ``FEWSTEP_BACKEND`` says, or else Triton on CUDA, and torch elsewhere.
 
         Returns:
             itself.

@@ -13,11 +13,15 @@ import torch
 
 from ..noise import NoiseToDraw
 from ..rows import GuidedOutput, Thresholding
+from .compiled import compiled_pass, missing_compiler
 from .operands import Kept, Operands, Results, guided, widened
 from .table import HEAD, CallLayout, PlanTable
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "compile", "triton")
 VARIABLE = "FEWSTEP_BACKEND"
+
+_MOST_ELEMENTS = 2**31 - 2**12
+"""Of a sample: below the largest int32 by more than a program of the kernel does."""
 
 Pass = Callable[[Operands, CallLayout], Results]
 
@@ -40,17 +44,23 @@ def check_backend(name: str | None) -> str | None:
 
 
 def pass_for(asked: str | None, device: torch.device) -> Pass | None:
-    """The kernel where it serves on a device, or ``None`` where torch's operations do.
+    """What makes a pass of each call on a device, or ``None`` where torch's operations serve one by one.
 
     Args:
         asked: the checked backend.
         device: of the samples.
 
     Raises:
-        ValueError: Triton was asked for and is not there, or for a device that it does not know.
+        ValueError: Triton or a compiled loop was asked for and what it takes is not there, or Triton for a device that
+            it does not know.
     """
     if asked == "torch" or (asked is None and device.type != "cuda"):
         return None
+    if asked == "compile":
+        missing = missing_compiler(device)
+        if missing:
+            raise ValueError(f'backend "compile": {missing}')
+        return compiled_pass
     missing = _missing()
     if asked is None:
         if missing:
@@ -115,7 +125,9 @@ class FusedRows:
         self._layouts, self._thresholding, self._pass, self._dtype = table.layouts, thresholding, one_pass, dtype
         # The copy waits for nothing: its source is not pinned, so it was read when the call returns.
         self._numbers = torch.from_numpy(table.numbers).to(dtype).to(device, non_blocking=True)
-        self._indices = torch.arange(len(table.layouts), dtype=torch.int32, device=device).unbind()
+        # Each at a multiple of 16 bytes, as all tensors of a fast launch are.
+        indices = torch.arange(len(table.layouts), dtype=torch.int32, device=device)
+        self._indices = indices[:, None].repeat(1, 4)[:, 0].unbind()
         self._scale: tuple[float, torch.Tensor] | None = None
 
     def load(self, table: PlanTable) -> None:
@@ -182,10 +194,10 @@ class FusedRows:
         return self._scale[1]
 
 
-def serves(*tensors: Any) -> bool:
-    """Whether a pass can take these: it knows no float64 and no gradients."""
+def serves(sample: torch.Tensor, *others: Any) -> bool:
+    """Whether a pass can take these: it knows no float64 and no gradients, and numbers elements in 32 bits."""
     grad = torch.is_grad_enabled()
-    for tensor in tensors:
+    for tensor in (sample, *others):
         if isinstance(tensor, torch.Tensor) and (tensor.dtype is torch.float64 or (grad and tensor.requires_grad)):
             return False
-    return True
+    return sample.numel() < _MOST_ELEMENTS * max(len(sample), 1)

@@ -145,6 +145,7 @@ def measure(
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
+    backend: str | None = None,
     bandwidth: float | None = None,
     compiles: bool = False,
 ) -> dict[str, Any]:
@@ -156,20 +157,24 @@ def measure(
         seconds: how long, at least; never fewer than three runs of each.
         device: of the sample.
         dtype: of the sample.
+        backend: of our steps, as of ``set_backend``.
         bandwidth: of the device, bytes a second.
         compiles: also times diffusers' step under ``torch.compile``, which compiles it for each step of the run.
 
     Returns:
         medians: microseconds a step, milliseconds of ``set_timesteps`` (another number of steps, the same again), and
-        operations a step; first ours, then diffusers'. With a bandwidth also the microseconds in which a step's bytes
-        could be copied.
+        operations a step (``None`` for compiled loops); first ours, then diffusers'. With a bandwidth also the
+        microseconds in which a step's bytes could be copied.
     """
     pair = PAIRS[name]
     inputs = Inputs.of(shape, pair.stochastic, device, dtype)
     schedulers = pair.build()
     # What a network does: freeing one large tensor makes glibc keep memory, or page faults are what is measured.
     torch.empty(8_000_000)
-    operations = [sum(count_operations(scheduler, inputs).values()) / STEPS for scheduler in schedulers]
+    # Where one counts, loops are not compiled.
+    counted = [None if backend == "compile" else schedulers[0].set_backend(backend), schedulers[1]]
+    operations = [s and sum(count_operations(s, inputs).values()) / STEPS for s in counted]
+    schedulers[0].set_backend(backend)
     steps: tuple[list[float], list[float]] = ([], [])
     # The first and the second time that the same number of steps is set.
     settings: tuple[list[list[float]], list[list[float]]] = ([[], []], [[], []])
@@ -249,7 +254,7 @@ def step_table(results: Sequence[Mapping[str, Any]]) -> str:
                 cell += f", {100 * cells[shape]['limit_us'] / ours:.0f} % of copy"
             row.append(cell)
         first = cells[shapes[0]]
-        row.append("{:.1f} / {:.1f}".format(*first["operations"]))
+        row.append(" / ".join("-" if n is None else f"{n:.1f}" for n in first["operations"]))
         (new, again), (theirs_new, _) = first["set_timesteps_ms"]
         row.append(f"{new:.2f}, again {again:.2f} / {theirs_new:.2f}")
         rows.append(row)

@@ -52,9 +52,18 @@ def bench() -> None:
 @click.option("--seconds", type=click.FloatRange(0.0), default=1.0, show_default=True, help="Time a cell, at least.")
 @click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cpu, cuda or auto.")
 @click.option("--dtype", metavar="NAME", default="float32", show_default=True, help="float32, float16 or bfloat16.")
+@click.option("--backend", metavar="NAME", help="Of our steps: torch, compile or triton.  [default: by the device]")
 @click.option("--compiled", is_flag=True, help="Also time diffusers' step under torch.compile; takes a minute a cell.")
 @click.option("--json", "json_file", type=_FILE, help="File for the figures.")
-def step(samplers: str | None, seconds: float, device: str, dtype: str, compiled: bool, json_file: Path | None) -> None:
+def step(
+    samplers: str | None,
+    seconds: float,
+    device: str,
+    dtype: str,
+    backend: str | None,
+    compiled: bool,
+    json_file: Path | None,
+) -> None:
     """Time a step without the network, against diffusers.
 
     Whole runs of 20 steps, ours and diffusers' in turn, on three shapes of the sample (on CUDA four); the median. Also
@@ -81,7 +90,13 @@ def step(samplers: str | None, seconds: float, device: str, dtype: str, compiled
     on_cuda = device.startswith("cuda")
     bandwidth = copy_bandwidth(device) if on_cuda else None
     cells = [(name, shape) for name in names for shape in (CUDA_SHAPES if on_cuda else SHAPES)]
-    options: dict[str, Any] = {"device": device, "dtype": DTYPES[dtype], "bandwidth": bandwidth, "compiles": compiled}
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": DTYPES[dtype],
+        "backend": backend,
+        "bandwidth": bandwidth,
+        "compiles": compiled,
+    }
     results = [
         measure(name, shape, seconds, **options) for name, shape in tqdm(cells, desc="step", unit="cell", leave=False)
     ]
@@ -92,6 +107,7 @@ def step(samplers: str | None, seconds: float, device: str, dtype: str, compiled
             {
                 "environment": environment(device),
                 "dtype": dtype,
+                "backend": backend,
                 "copy_bytes_per_second": bandwidth,
                 "steps": STEPS,
                 "results": results,

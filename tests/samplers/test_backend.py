@@ -11,7 +11,7 @@ import torch
 from fewstep.samplers import SAMPLERS, GuidedOutput, UniPCScheduler
 from fewstep.samplers.execute import PlanRun
 from fewstep.samplers.fused import backend
-from fewstep.samplers.fused.backend import FusedRows, pass_for
+from fewstep.samplers.fused.backend import FusedRows, pass_for, serves
 from fewstep.samplers.fused.operands import torch_pass
 from fewstep.samplers.fused.table import PlanTable
 from fewstep.samplers.rows import Thresholding, compiled
@@ -131,7 +131,7 @@ def test_choice_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = UniPCScheduler.from_config(STABLE_DIFFUSION)
     assert pass_for(None, CPU) is None
     assert pass_for("torch", CUDA) is None
-    with pytest.raises(ValueError, match="backend 'cuda' is unknown; use one of torch, triton"):
+    with pytest.raises(ValueError, match="backend 'cuda' is unknown; use one of torch, compile, triton"):
         scheduler.set_backend("cuda")
     with pytest.raises(ValueError, match="needs samples on a CUDA device, not on cpu"):
         pass_for("triton", CPU)
@@ -174,3 +174,15 @@ def test_steps_on_the_cpu_do_without_the_kernel() -> None:
         "assert 'fewstep.samplers.fused.kernel' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_what_a_pass_does_not_take() -> None:
+    x = torch.zeros(2, 3)
+    assert serves(x, x, None)
+    assert not serves(x, x.double())
+    assert not serves(x, x.clone().requires_grad_())
+    with torch.no_grad():
+        assert serves(x, x.clone().requires_grad_())
+    # Of one element in memory: a sample of 2**31, and two of half of that.
+    assert not serves(torch.zeros(1).expand(1, 2**31))
+    assert serves(torch.zeros(1).expand(2, 2**30))

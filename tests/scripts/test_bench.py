@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.samplers import SAMPLERS, TimeShiftScheduler
+from fewstep.samplers.fused import compiled
 from fewstep.scripts.bench import accuracy, convergence, cuda, foreign, orders, step, traffic
 from fewstep.scripts.bench.output import STABLE_DIFFUSION, table
 from fewstep.scripts.cli import main
@@ -132,6 +133,18 @@ def test_measure_on_request_compiles_diffusers_step_and_tells_the_limit(monkeypa
     line = step.step_table([result]).splitlines()[1]
     assert "compiled" in line
     assert "% of copy" in line
+
+
+@pytest.mark.skipif(compiled.missing_compiler(torch.device("cpu")) is not None, reason="there is no C++ compiler")
+def test_compiled_steps_are_measured_and_not_counted(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(step, "STEPS", 2)
+    counters.clear()
+    result = step.measure("dpm++1", (1, 1, 2, 2), 0.0, backend="compile")
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert result["operations"][0] is None
+    assert "- / " in step.step_table([result])
 
 
 def test_bytes_of_a_step_by_hand():
