@@ -22,8 +22,8 @@ class PlanRun:
     is kept in that precision too: where the caller hands back what the last step returned in half precision, the
     unrounded state is used in its place.
 
-    On CUDA a call is one pass of a Triton kernel; float64 samples, steps with gradients and other devices take torch's
-    operations.
+    On CUDA a call is one pass of a Triton kernel, and where compiled loops are asked for one of these; float64 samples,
+    steps with gradients and other devices take torch's operations.
 
     Args:
         plan: what to execute.

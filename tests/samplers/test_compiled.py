@@ -9,6 +9,7 @@ from fewstep.samplers import SAMPLERS, GuidedOutput, UniPCScheduler
 from fewstep.samplers.execute import PlanRun
 from fewstep.samplers.fused.backend import pass_for
 from fewstep.samplers.fused.compiled import missing_compiler
+from fewstep.samplers.per_sample import PerSamplePlan
 from fewstep.samplers.rows import Thresholding
 
 STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -72,6 +73,20 @@ def test_it_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         results.append(scheduler.step(x, scheduler.timesteps[0], x).prev_sample)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
     assert not torch.equal(*results)  # another order of operations
+
+
+@compiles
+def test_samples_at_calls_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = SAMPLERS["sde-dpm++"].build(STABLE_DIFFUSION)
+    scheduler.set_timesteps(5)
+    chain = PerSamplePlan(scheduler.plan)
+    states, at = normal(3, 1 + chain.slots, 3, 4, seed=1), [0, 4, 2]
+    output, noise = normal(2, 3, 3, 4, seed=2)
+    exact = chain.step(states.double(), output.double(), at, noise.double())
+    monkeypatch.setenv("FEWSTEP_BACKEND", "compile")
+    found = chain.step(states, output, at, noise)
+    assert found.dtype == torch.float32
+    assert (found - exact).abs().max() <= 2e-5 * exact.abs().max().item()
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
