@@ -107,6 +107,11 @@ class SearchedScheduler(FixedTimesScheduler):
             self._scaled = None
         return super().step(model_output, timestep, sample, generator, variance_noise, return_dict)
 
+    @property
+    def is_plain(self) -> bool:
+        # What step adds finds out whether a pipeline went on with the scaled sample.
+        return self._guidance is None
+
     def _times_of_run(self) -> Grid:
         return self.solver_schedule.grid(self.schedule, fractional=self.config.fractional_timesteps)
 

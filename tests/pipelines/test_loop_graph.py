@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fewstep.samplers import SAMPLERS, Denoiser, Guidance, PlanScheduler, clear_graphs, sample
+from fewstep.samplers import SAMPLERS, Denoiser, Guidance, PlanScheduler, SearchedScheduler, clear_graphs, sample
 from fewstep.samplers.loop_graph import _RECORDINGS, CAPACITY, sample_recorded
+from fewstep.samplers.usf.known import known_schedule
 from pipelines.tiny import CASES, STEPS, batched, seeded
 
 BRANCHED = ("sd", "sdxl", "sdxl-edm", "sd3", "sd3-dynamic", "flux", "flux-dynamic", "dit", "dit-learned", "ddpm")
@@ -151,6 +153,18 @@ def test_thresholding(options: dict[str, Any]) -> None:
     denoiser = Denoiser.from_pipeline(CASES["ddpm"].build(), **CASES["ddpm"].inputs())
     for seed in (1, 2):
         both(denoiser, lambda: ours("ddpm", "unipc", **options), record, seed)
+    assert record.bodies == 1
+
+
+@pytest.mark.parametrize("afs", ["none", "zero_x0"])
+def test_searched_schedules(afs: str) -> None:
+    record, pipe = Recorder(), CASES["sd"].build()
+    base = ours("sd", "unipc")
+    base.set_timesteps(STEPS + (afs != "none"))
+    schedule = dataclasses.replace(known_schedule("dpm++", base._grid), afs=afs)
+    denoiser = Denoiser.from_pipeline(pipe, **CASES["sd"].inputs())
+    for seed in (1, 2):
+        both(denoiser, lambda: SearchedScheduler.from_config(base.config, decisions=schedule), record, seed)
     assert record.bodies == 1
 
 
