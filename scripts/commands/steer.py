@@ -42,7 +42,7 @@ def steer(
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    r"""Measure steering: digits of some classes from the model without classes.
+    """Measure steering: digits of some classes from the model without classes.
 
     The reward is the log-probability of the target by the bundled classifier. A set of images has the budget of as many
     runs an image, counted by the network: a sample of a batch is a call, and the gradients of the reward, which do not
@@ -60,14 +60,13 @@ def steer(
                  gradient guidance alone
     dts          one tree for all images, which are drawn from it
     dts-uniform  the same with uniform selection, whose values have no bias
-    dts-uniform  the same with uniform selection, which leaves its values unbiased
     dts-star     one tree for all images, which are its best leaves
 
     Frechet: distance of the bundled classifier's features, which the reward shares, from those of the real images.
     Pixel Frechet: of 40 principal components of real digits. Agreement: by a second classifier, Gaussians of these
     components. Distinct: images that are no copies. Few images make every distance larger, whatever their quality; the
     line of real test images has as many. Conditional is the model told the classes.
-    """
+    """  # noqa: D301  click wants the backspace itself
     from tqdm import tqdm
 
     from fewstep.samplers import SAMPLERS
