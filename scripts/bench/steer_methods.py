@@ -264,9 +264,14 @@ def _dts_uniform(sampling: Sampling, runs: Sequence[int]) -> Steps:
     return _dts(sampling, runs, selection="uniform")
 
 
-def _dts_star(sampling: Sampling, runs: Sequence[int]) -> Steps:
+def _dts_star(sampling: Sampling, runs: Sequence[int], widening: tuple[float, float] = (2.0, 0.8)) -> Steps:
     tree = DiffusionTreeSearch(
-        sampling.chain(), sampling.reward, scale=sampling.scale, parallel=_PARALLEL, seed=sampling.seed * NOISES
+        sampling.chain(),
+        sampling.reward,
+        scale=sampling.scale,
+        widening=widening,
+        parallel=_PARALLEL,
+        seed=sampling.seed * NOISES,
     )
     for budget in runs:
         tree.run(sampling.count * sampling.steps * budget - tree.network_calls)
@@ -287,7 +292,9 @@ METHODS: Mapping[str, Method] = {
     "dts": _dts,
     "dts-uniform": _dts_uniform,
     "dts-star": _dts_star,
+    "dts-star-narrow": partial(_dts_star, widening=(1.0, 0.4)),
 }
 """By name: the best of an image's own samples, the best of all images' samples, and samples drawn from all of these by
 weight; particles of an image's own, and one population for all images; chains of candidates; particles whose proposals
-follow the gradient; one tree for all images, sampled with either selection, or searched."""
+follow the gradient; one tree for all images, sampled with either selection, or searched, with the paper's widening or a
+narrower one."""

@@ -111,8 +111,9 @@ def claims(results: Results) -> list[str]:
                 best = min(last, key=lambda cell: results.mean(cell, measure).value)
                 for own in ("dts", "dts-uniform"):
                     lines += _saving(results, target, own, best.method, measure)
-        for rival in ("best-of-n", "best-of-all"):
-            lines += _saving(results, target, "dts-star", rival, "reward")
+        for own in ("dts-star", "dts-star-narrow"):
+            for rival in ("best-of-n", "best-of-all"):
+                lines += _saving(results, target, own, rival, "reward")
         for own, rival in _EQUAL_CALLS:
             lines += _gains(results, target, own, rival)
     return lines

@@ -61,6 +61,7 @@ def steer(
     dts          one tree for all images, which are drawn from it
     dts-uniform  the same with uniform selection, whose values have no bias
     dts-star     one tree for all images, which are its best leaves
+    dts-star-narrow  the same with widening (1, 0.4), which goes deep earlier
 
     Frechet: distance of the bundled classifier's features, which the reward shares, from those of the real images.
     Pixel Frechet: of 40 principal components of real digits. Agreement: by a second classifier, Gaussians of these

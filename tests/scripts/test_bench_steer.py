@@ -182,6 +182,7 @@ def test_claims() -> None:
         *cell("dts", 5, 7.4, -2.0, 2.0),
         *cell("dts", 10, 4.0, -2.0, 2.0),
         *cell("dts-star", 10, 4.0, -1.1, 0.0),
+        *cell("dts-star-narrow", 5, 4.0, -0.9, 0.0),
     ]
     lines = claims(Results(SETTINGS, points))
     assert lines[0] == (
@@ -193,10 +194,11 @@ def test_claims() -> None:
         "8: reward: best-of-n at 100 calls -1.000 (no loss shows from 100 on); dts-star at 100 -1.100 (-0.100 +- 0.000)"
         ": not reached"
     )
-    assert lines[3] == "8: reward: svdd against best-of-n: -0.500 +- 0.000 at 100 calls"
-    assert lines[4] == "8: Frechet: svdd against best-of-n: -3.00 +- 1.24 at 100 calls"
-    assert lines[6] == "8: reward: svdd against fk: +0.500 +- 0.000 at 100 calls"
-    assert len(lines) == 9
+    assert lines[3].endswith("dts-star-narrow at 50 -0.900 (+0.100 +- 0.000): no loss shows at 2 times fewer")
+    assert lines[4] == "8: reward: svdd against best-of-n: -0.500 +- 0.000 at 100 calls"
+    assert lines[5] == "8: Frechet: svdd against best-of-n: -3.00 +- 1.24 at 100 calls"
+    assert lines[7] == "8: reward: svdd against fk: +0.500 +- 0.000 at 100 calls"
+    assert len(lines) == 10
     unfinished = cell("smc", 10, 0.0, 0.0, 0.0)[:3]
     assert claims(Results(SETTINGS, [*points, *unfinished])) == lines
     assert claims(Results(SETTINGS, [point for point in points if point.seed == 0])) == []
