@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from .extractors import FeatureExtractor
 from .extrapolation import frechet_distance_infinity
@@ -111,6 +113,8 @@ class ImageMetrics(Metric):
         """
         if images.dtype == torch.uint8:
             features, logits = self._extract(images, logits)
+        elif images.ndim == 4:
+            raise ValueError(f"images are {images.dtype}; give uint8 from 0 to 255, or their features (B, D)")
         else:
             features = images.detach()
         size = len(self.reference.mean) if self.reference is not None else features.shape[-1]
@@ -125,6 +129,12 @@ class ImageMetrics(Metric):
             if logits is None or logits.ndim != 2 or len(logits) != len(features):
                 shape = "missing" if logits is None else f"of shape {tuple(logits.shape)}"
                 raise ValueError(f"logits are {shape}; 'is' needs (B, classes) beside the features")
+            if len(self.logits) and logits.shape[1] != self.logits[0].shape[1]:
+                raise ValueError(
+                    f"logits have {logits.shape[1]} classes, those before {self.logits[0].shape[1]}; use one classifier"
+                )
+            if not bool(torch.isfinite(logits).all()):
+                raise ValueError("logits have values that are not finite; check the images for NaN")
             self.logits.append(logits.detach().to(self.device, torch.float32))
         self.features.append(features.to(self.device, torch.float32))
         self.numbers.append(number)
@@ -138,7 +148,7 @@ class ImageMetrics(Metric):
             ValueError: no images, an image's number was used twice, or too few images for a metric.
         """
         features, probabilities = self._sorted()
-        for remark in self.remarks():
+        for remark in self._remarks(len(features)):
             warnings.warn(remark, stacklevel=1)
         found = {}
         for name in self.metrics:
@@ -147,7 +157,7 @@ class ImageMetrics(Metric):
                 found["is_spread"] = inception_score(probabilities, self.splits).spread
         return found
 
-    def estimates(self, groups: int = 20) -> dict[str, Estimate]:
+    def estimates(self, groups: int = 20, *, turn: int = 1) -> dict[str, Estimate]:
         """The figures by name, each also without each of some groups of images; see ``Estimate.interval``.
 
         Two sets of images with the same numbers have the same groups, so the difference of their estimates is that of
@@ -155,6 +165,8 @@ class ImageMetrics(Metric):
 
         Args:
             groups: how many.
+            turn: number of classes or prompts that the images take in turn by their numbers, as of
+                ``jackknife_groups``.
 
         Raises:
             ValueError: as of `compute`, or fewer than two images a group.
@@ -164,20 +176,46 @@ class ImageMetrics(Metric):
         found: dict[str, Estimate] = {}
         for name in self.metrics:
             if name not in found:
-                found.update(self._estimate(name, features, probabilities, groups))
+                found.update(self._estimate(name, features, probabilities, groups, turn))
         return {name: found[name] for name in self.metrics}
 
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        # A process without images takes part with none: torchmetrics would send what has another shape and dtype.
+        def gather_those_with_images(state: torch.Tensor, group: Any = None) -> list[torch.Tensor]:
+            return [part for part in dist_sync_fn(state, group=group) if len(part)] or [state]
+
+        if not len(self.numbers):
+            self.numbers = [torch.empty(0, dtype=torch.long, device=self.device)]
+            self.features = [torch.empty(0, 0, device=self.device)]
+            if "is" in self.metrics:
+                self.logits = [torch.empty(0, 0, device=self.device)]
+        super()._sync_dist(gather_those_with_images, process_group)
+
     def remarks(self) -> tuple[str, ...]:
-        """What should be said beside the figures, a line each: covariances that cannot have full rank."""
+        """What should be said beside the figures, a line each, of the images of all processes, which all call it.
+
+        Covariances that cannot have full rank, and images that the metrics of pairs leave out.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._to_sync):
+            return self._remarks(self._count())
+
+    def _count(self) -> int:
+        """Number of images that the states hold."""
+        return len(dim_zero_cat(self.numbers)) if len(self.numbers) else 0
+
+    def _remarks(self, count: int) -> tuple[str, ...]:
         said = []
         if self.reference is not None and {"fid", "fid_infinity"} & set(self.metrics):
-            size, count = len(self.reference.mean), len(dim_zero_cat(self.numbers)) if len(self.numbers) else 0
+            size = len(self.reference.mean)
             for whose, number in (("generated", count), ("reference", self.reference.count)):
                 if number <= size:
                     said.append(
                         f"{number} {whose} images are too few for {size} features: their covariance is singular, and "
                         f"the Frechet distance says little; give more than {size}, best ten times as many"
                     )
+        pairwise = [name for name in self.metrics if name in _PAIRWISE]
+        if pairwise and count > self.pairs:
+            said.append(f"{', '.join(pairwise)}: of the first {self.pairs} of {count} images (pairs={self.pairs})")
         return tuple(said)
 
     def _extract(self, images: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -194,7 +232,7 @@ class ImageMetrics(Metric):
 
     def _sorted(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Features, and probabilities of the classes (empty where not asked for), in the order of the numbers."""
-        if not len(self.numbers):
+        if not self._count():
             raise ValueError("no images were added; call update first")
         numbers, order = dim_zero_cat(self.numbers).cpu().sort()
         twice = numbers[1:][numbers[1:] == numbers[:-1]]
@@ -215,18 +253,26 @@ class ImageMetrics(Metric):
         return self._pairwise(name, features, torch.zeros(len(features), dtype=torch.long), 1)[name].value
 
     def _estimate(
-        self, name: str, features: torch.Tensor, probabilities: torch.Tensor, groups: int
+        self, name: str, features: torch.Tensor, probabilities: torch.Tensor, groups: int, turn: int
     ) -> dict[str, Estimate]:
         count = len(features)
         if name in _PAIRWISE:
             count = min(count, self.pairs)
-            return self._pairwise(name, features, jackknife_groups(count, groups), groups)
+            return self._pairwise(name, features, jackknife_groups(count, groups, turn=turn), groups)
         if name == "fid":
-            return {name: self._frechet_estimate(features, jackknife_groups(count, groups), groups)}
+            return {name: self._frechet_estimate(features, jackknife_groups(count, groups, turn=turn), groups)}
         if name == "is":
-            return {name: jackknife(lambda kept: inception_score(probabilities[kept], self.splits).mean, count, groups)}
+
+            def score(kept: torch.Tensor) -> float:
+                return inception_score(probabilities, self.splits, kept=kept).mean
+
+            return {name: jackknife(score, count, groups, turn=turn)}
         distance = self._to_reference()
-        return {name: jackknife(lambda kept: frechet_distance_infinity(features, distance, kept), count, groups)}
+
+        def infinite(kept: torch.Tensor) -> float:
+            return frechet_distance_infinity(features, distance, kept)
+
+        return {name: jackknife(infinite, count, groups, turn=turn)}
 
     def _frechet_estimate(self, features: torch.Tensor, group: torch.Tensor, groups: int) -> Estimate:
         """Moments without a group are all moments less the group's: one pass over the features instead of many."""

@@ -141,20 +141,19 @@ def _of_archive(path: Path, part: str | None) -> Iterator[tuple[str, Image.Image
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError(f"{path} is not a readable .npz file: it is cut off, or of another kind")
-    with np.load(path, allow_pickle=False) as archive:
-        names = archive.files
-        if part is None and len(names) != 1:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
+            chosen = names[0] if part is None and len(names) == 1 else part
+            array = archive[chosen] if chosen in names else None
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError) as error:
+        raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+    if array is None:
+        if part is None:
             raise ValueError(f"{path} has the arrays {', '.join(names)}; say which by part")
-        if part is not None and part not in names:
-            raise ValueError(f"part {part!r}: {path} has the arrays {', '.join(names)}")
-        try:
-            array = archive[part or names[0]]
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is not a readable .npz file: {error}") from None
+        raise ValueError(f"part {part!r}: {path} has the arrays {', '.join(names)}")
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[3:] not in ((), (1,), (3,)):
-        raise ValueError(
-            f"{path}: {part or names[0]} is {array.dtype} {array.shape}; give uint8 (N, H, W) or (N, H, W, 1 or 3)"
-        )
+        raise ValueError(f"{path}: {chosen} is {array.dtype} {array.shape}; give uint8 (N, H, W) or (N, H, W, 1 or 3)")
     pixels = torch.from_numpy(array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2))
     for number, image in enumerate(pixels):
         yield f"{path}[{number}]", image
@@ -188,7 +187,7 @@ def _decoded(stream: IO[bytes], name: str) -> Image.Image:
         with Image.open(stream) as picture:
             picture.load()
             return _of_one_kind(picture, name)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
         reason = "no image format known to Pillow" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{name} is not a readable image: {reason}") from None
 

@@ -64,34 +64,45 @@ class Estimate:
         return Estimate(self.value - other.value, tuple(a - b for a, b in pairs))
 
 
-def jackknife_groups(count: int, groups: int = 20) -> torch.Tensor:
+def jackknife_groups(count: int, groups: int = 20, *, turn: int = 1) -> torch.Tensor:
     """The group of each image, ``(count,)`` int64: always the same draw, in equal parts up to one image.
 
     Args:
         count: of images.
         groups: how many.
+        turn: number of classes or prompts that the images take in turn, image ``k`` the ``k % turn``-th. Each group
+            has its share of every one then, as the set has: what parts them is no chance, and groups drawn without
+            regard to it make intervals up to twice too wide. Best is a count that ``groups * turn`` divides.
 
     Raises:
-        ValueError: there are fewer than two groups, or fewer than two images a group.
+        ValueError: there are fewer than two groups, or fewer than two images a group; or ``turn`` is less than 1.
     """
     if groups < 2 or count < 2 * groups:
         raise ValueError(f"groups={groups} of {count} images: give at least 2 groups, and at least 2 images for each")
+    if turn < 1:
+        raise ValueError(f"turn={turn}: give the number of classes that the images take in turn, 1 for none")
     # Drawn, since images come sorted by class, or with the classes in turn: neither may meet the groups.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return torch.empty_like(order).scatter_(0, order, torch.arange(count) * groups // count)
+    if turn == 1:
+        parts = torch.arange(count) * groups // count
+    else:
+        order = order[(order % turn).argsort(stable=True)]
+        parts = torch.arange(count) % groups
+    return torch.empty_like(order).scatter_(0, order, parts)
 
 
-def jackknife(statistic: Callable[[torch.Tensor], float], count: int, groups: int = 20) -> Estimate:
+def jackknife(statistic: Callable[[torch.Tensor], float], count: int, groups: int = 20, *, turn: int = 1) -> Estimate:
     """A statistic of all images, and without each group.
 
     Args:
         statistic: takes the numbers of the images, ascending, int64.
         count: of images.
         groups: how many.
+        turn: as of ``jackknife_groups``.
 
     Raises:
         ValueError: as of ``jackknife_groups``.
     """
-    group = jackknife_groups(count, groups)
+    group = jackknife_groups(count, groups, turn=turn)
     left_out = tuple(statistic(torch.nonzero(group != g)[:, 0]) for g in range(groups))
     return Estimate(statistic(torch.arange(count)), left_out)

@@ -24,7 +24,9 @@ class Agreement(NamedTuple):
     samples: int
 
 
-def inception_score(probabilities: torch.Tensor, splits: int = 10) -> InceptionScore:
+def inception_score(
+    probabilities: torch.Tensor, splits: int = 10, *, kept: torch.Tensor | None = None
+) -> InceptionScore:
     """Inception score of Salimans et al., arXiv 1606.03498: exp of the mean KL(p(y|x) || p(y)).
 
     The samples are cut into ``splits`` consecutive parts, as in the authors' code; nothing is drawn. Each
@@ -33,13 +35,14 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> InceptionS
     Args:
         probabilities: ``(N, K)``, non-negative rows that sum to 1.
         splits: number of parts.
+        kept: numbers of the samples that count, each in the part that it has among all; by default all do.
 
     Returns:
         Mean over the parts, between 1 and K, and their standard deviation (of the parts themselves,
         dividing by their number; 0 for one part).
 
     Raises:
-        ValueError: rows are not probabilities, or there are fewer samples than splits.
+        ValueError: rows are not probabilities, or there are fewer samples than splits, or a part without samples.
     """
     if probabilities.ndim != 2:
         raise ValueError(f"probabilities have shape {tuple(probabilities.shape)}; give (N, K)")
@@ -49,11 +52,17 @@ def inception_score(probabilities: torch.Tensor, splits: int = 10) -> InceptionS
     if not bool((p >= 0).all()) or not bool(((p.sum(1) - 1.0).abs() < 1e-3).all()):
         raise ValueError("probabilities have rows that are negative or do not sum to 1; apply softmax to logits")
     p = p / p.sum(1, keepdim=True)
+    counts = torch.ones(len(p), dtype=torch.bool)
+    if kept is not None:
+        counts = torch.zeros_like(counts).index_fill(0, kept.cpu(), True)
     scores = []
-    for part in p.tensor_split(splits):
-        marginal = part.mean(0)
+    for part, chosen in zip(p.tensor_split(splits), counts.tensor_split(splits), strict=True):
+        samples = part[chosen]
+        if not len(samples):
+            raise ValueError(f"splits={splits}: none of the samples that are kept is in one of the parts; use fewer")
+        marginal = samples.mean(0)
         # The entropies' difference is the mean divergence, and entr(0) = 0 needs no special case.
-        entropy = torch.special.entr(marginal).sum() - torch.special.entr(part).sum(1).mean()
+        entropy = torch.special.entr(marginal).sum() - torch.special.entr(samples).sum(1).mean()
         scores.append(entropy.exp())
     values = torch.stack(scores)
     return InceptionScore(float(values.mean()), float(values.std(correction=0)))

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +106,8 @@ def test_estimates_are_the_figures_and_those_of_what_is_left() -> None:
     for g in range(6):
         kept = torch.nonzero(group != g)[:, 0]
         parts = metrics_of(kept, 60).compute()
+        # The inception score's parts stay what they were.
+        parts["is"] = inception_score(LOGITS.double().softmax(1), SPLITS, kept=kept).mean
         for name in IMAGE_METRICS[:-1]:
             assert estimates[name].left_out[g] == pytest.approx(parts[name], rel=1e-9), name
 
@@ -122,11 +127,54 @@ def test_intervals_of_the_distance_cover_its_spread() -> None:
     assert abs(held - 54) < 3 * (60 * 0.09) ** 0.5
 
 
+def test_intervals_of_classes_in_turn() -> None:
+    """Classes far apart, the same number of each in every set: their distances are no chance, and not in the spread."""
+    centres = 3.0 * points(10, 7)
+    reference = reference_of(centres.repeat(100, 1) + points(1000, 8))
+    values, widths = [], {1: [], 10: []}
+    for k in range(40):
+        metrics = ImageMetrics(["fid"], reference)
+        metrics.update(centres.repeat(40, 1) + points(400, 100 + k), range(400))
+        for turn, found in widths.items():
+            estimate = metrics.estimates(turn=turn)["fid"]
+            found.append(estimate.half_width(0.9))
+        values.append(estimate.value)
+    spread = torch.tensor(values).std()
+    ratios = {turn: float(torch.tensor(found).mean() / (1.729 * spread)) for turn, found in widths.items()}
+    assert 0.75 < ratios[10] < 1.4
+    assert ratios[1] > 2.0
+
+
+def test_a_process_without_images_takes_part(tmp_path: Path) -> None:
+    code = """
+import sys, torch, torch.distributed as d
+from fewstep.metrics import ImageMetrics, ReferenceStatistics
+rank, file = int(sys.argv[1]), sys.argv[2]
+d.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+r = x.double()
+metrics = ImageMetrics(["fid", "is"], ReferenceStatistics(r.mean(0), torch.cov(r.T), 60, "aa", "bb", "none", x))
+if rank == 0:
+    metrics.update(x + 1.0, range(60), logits=x)
+print(metrics.compute(), metrics.estimates()["fid"], metrics.remarks(), sum(map(len, metrics.numbers)))
+"""
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    first, second = (run.communicate(timeout=120)[0] for run in runs)
+    assert first.endswith(" () 60\n")
+    assert second == first.removesuffix("60\n") + "0\n"
+
+
 def test_pairs_are_of_the_first_images() -> None:
     names = ("kid", "precision", "recall", "density", "coverage")
     some = metrics_of(torch.arange(120).flip(0), 50, names, pairs=70)
     first = metrics_of(torch.arange(70), 50, names)
-    assert some.compute() == first.compute()
+    with pytest.warns(UserWarning, match=r"^kid, precision.*: of the first 70 of 120 images \(pairs=70\)$"):
+        assert some.compute() == first.compute()
     assert some.estimates() == first.estimates()
 
 
@@ -175,12 +223,16 @@ def test_a_refused_batch_leaves_nothing_behind() -> None:
         (points(3, 0), range(3), None, "logits are missing; 'is' needs"),
         (points(3, 0), range(3), points(2, 1), r"logits are of shape \(2, 5\)"),
         (grey, range(2), None, "images need an extractor"),
+        (grey.float(), range(2), None, "images are torch.float32; give uint8 from 0 to 255, or their features"),
+        (points(3, 0), range(3), points(3, 1) / 0.0, "logits have values that are not finite"),
     ):
         with pytest.raises(ValueError, match=said):
             metrics.update(images, numbers, logits=logits)
     with pytest.raises(ValueError, match="no images were added"):
         metrics.compute()
     metrics.update(points(3, 0), [4, 7, 4], logits=points(3, 1))
+    with pytest.raises(ValueError, match="logits have 4 classes, those before 5"):
+        metrics.update(points(3, 0), range(3), logits=points(3, 1, 4))
     with pytest.raises(ValueError, match="image number 4 was added twice"):
         metrics.estimates()
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -170,6 +171,22 @@ def cut_tar(folder: Path) -> Path:
     return path
 
 
+def huge_bitmap() -> bytes:
+    """A header that promises 100,000 x 100,000 pixels."""
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, *[100_000] * 2, 1, 24, *[0] * 6)
+
+
+def packed_in_another_way(folder: Path) -> Path:
+    """An archive whose packing no reader knows."""
+    path = save_arrays(a=np.zeros((2, 8, 8), np.uint8))(folder)
+    content = path.read_bytes()
+    directory = content.rindex(b"PK\x01\x02")
+    for at in (8, directory + 10):
+        content = content[:at] + b"\x63\x00" + content[at + 2 :]
+    path.write_bytes(content)
+    return path
+
+
 GREY, COLOUR = Image.new("L", (8, 6)), Image.new("RGB", (8, 6))
 REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "empty folder": (lambda folder: folder, {}, "has no images"),
@@ -178,6 +195,7 @@ REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "another file": (save_bytes("x.txt", b"text"), {}, "is no folder, image tar or .npz file"),
     "truncated image": (save_truncated, {}, "003.png is not a readable image"),
     "no image": (save_bytes("x.png", b"text"), {}, "x.png is not a readable image: no image format"),
+    "too large": (save_bytes("x.bmp", huge_bitmap()), {}, "x.bmp is not a readable image: Image size"),
     "mixed sizes": (
         save_images(GREY, GREY.resize((9, 6))),
         {},
@@ -189,6 +207,7 @@ REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "broken tar": (save_bytes("x.tar", b"no tar" * 200), {}, "x.tar is not a readable tar"),
     "cut tar": (cut_tar, {}, "is not a readable tar"),
     "broken npz": (save_bytes("x.npz", b"no archive"), {}, "x.npz is not a readable .npz file"),
+    "npz of another kind": (packed_in_another_way, {}, "is not a readable .npz file"),
     "several arrays": (save_arrays(a=np.zeros(1), b=np.zeros(1)), {}, "has the arrays a, b; say which by part"),
     "another array": (save_arrays(a=np.zeros(1)), {"part": "b"}, "part 'b': .* has the arrays a"),
     "floats": (save_arrays(a=np.zeros((1, 8, 8))), {}, r"a is float64 \(1, 8, 8\); give uint8"),

@@ -46,6 +46,15 @@ def test_groups_are_equal_always_the_same_and_meet_no_order() -> None:
     assert all(int((group[:100] == g).sum()) < 20 for g in range(20))
 
 
+def test_groups_have_their_share_of_classes_in_turn() -> None:
+    group, classes = jackknife_groups(1003, 20, turn=10), torch.arange(1003) % 10
+    assert set(torch.bincount(group, minlength=20).tolist()) == {50, 51}
+    table = torch.bincount(group * 10 + classes).view(20, 10)
+    assert set(table.flatten().tolist()) <= {5, 6}
+    with pytest.raises(ValueError, match="turn=0: give the number of classes"):
+        jackknife_groups(100, turn=0)
+
+
 def test_differences_of_pairs_are_narrower_where_images_have_much_in_common() -> None:
     shared = normal(200, 0)
     a, b = shared + 0.1 * normal(200, 1), shared + 0.1 * normal(200, 2)
