@@ -8,7 +8,7 @@ import torch
 
 from fewstep.samplers.guided import Guidance, GuidedRun, GuidedStep
 
-from .populations import Population
+from .populations import Population, warn_without_noise
 from .potentials import Potential
 
 
@@ -70,6 +70,8 @@ class FeynmanKacSteering(Guidance):
         self.every, self._interval, self._finish = every, (start, stop), finish
 
     def start(self, run: GuidedRun) -> None:
+        if self.population.particles > 1 and self.population.threshold > 0.0:
+            warn_without_noise(run, "resampled particles")
         self.population.start(len(run.sample), run.sample)
         self._calls = len(run.plan)
         first, last = (round(share * self._calls) for share in self._interval)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+
+from fewstep.samplers.guided import GuidedRun
 
 Scheme = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """``scheme(weights, uniforms)``: normalised ``(groups, particles)`` and numbers in [0, 1) of that shape, to ancestors
@@ -261,6 +264,17 @@ class Population:
 
     def _log_mean(self) -> torch.Tensor:
         return self.log_weights.logsumexp(1) - math.log(self.log_weights.shape[1])
+
+
+def warn_without_noise(run: GuidedRun, what: str) -> None:
+    """Says where a run draws no noise, so that copies of a particle stay copies."""
+    if not run.plan.is_stochastic:
+        warnings.warn(
+            f"{what} become equal and stay so: {run.plan.name!r} draws no noise; use a scheduler that does, such as "
+            "DPMSolverPPScheduler with algorithm_type='sde-dpmsolver++'",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def check_particles(name: str, value: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fewstep.samplers.guided import Guidance, GuidedRun, GuidedStep
 
-from .populations import GroupStreams, check_particles, groups_of, precise, resample
+from .populations import GroupStreams, check_particles, groups_of, precise, resample, warn_without_noise
 from .rewards import Reward, RewardFunction
 
 
@@ -127,6 +127,8 @@ class SVDD(Guidance):
         self._replaced, self._interval = int(replace * chains), (start, stop)
 
     def start(self, run: GuidedRun) -> None:
+        if self.candidates > 1:
+            warn_without_noise(run, "candidates")
         groups_of(len(run.sample), self.candidates * self.chains)
         self._calls = len(run.plan)
         first, last = (round(share * self._calls) for share in self._interval)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fewstep.guidance import FeynmanKacScheduler, FeynmanKacSteering, RewardTilt
+from fewstep.guidance import SVDD, FeynmanKacScheduler, FeynmanKacSteering, RewardTilt
 from fewstep.samplers import SAMPLERS, Denoiser, MRSamplerScheduler, sample
 from fewstep.samplers.guided import Guidance, GuidedRun, GuidedStep
 from pipelines.loops import SHIFTED, STEPS, build, every_kind_and_edm, every_sampler, predict, run, start
@@ -36,6 +36,7 @@ class Scripted(Guidance):
         return None
 
 
+@pytest.mark.filterwarnings("ignore:resampled particles become equal:RuntimeWarning")
 @every_sampler
 @every_kind_and_edm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,6 +48,18 @@ def test_the_identity_leaves_every_sampler_bit_identical(name: str, kind: str, d
         assert torch.equal(run(build(name, kind).guide(guidance), x), expected)
     assert torch.equal(run(build(name, kind).guide(steering).guide(None), x), expected)
     assert (steering.population.log_evidence == 0).all()
+
+
+@pytest.mark.parametrize(
+    "guidance", [FeynmanKacSteering([RewardTilt(mean, 1.0)], particles=2), SVDD(mean, candidates=2, temperature=1.0)]
+)
+def test_copies_that_never_part_are_warned_of(guidance: Guidance) -> None:
+    x = start(4, torch.float32)
+    with pytest.warns(
+        RuntimeWarning, match="become equal and stay so: 'UniPCScheduler, .* draws no noise; use a sched"
+    ):
+        run(build("unipc", "vp").guide(guidance), x)
+    run(build("sde-dpm++", "vp").guide(guidance), x)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in SHIFTED])
