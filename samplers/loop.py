@@ -37,7 +37,7 @@ def sample(
         graph: records the whole run in a CUDA graph the first time, and repeats it for other seeds, prompts, guidance
             scales and plans of the same shape and number of calls; for a scheduler of ours and a ``BranchedDenoiser``.
             A compiled network (``torch.compile``, in a mode without CUDA graphs of its own) is recorded as it is.
-            ``clear_graphs`` frees the memory.
+            ``clear_graphs`` frees the memory. The denoiser does not count its calls then.
 
     Returns:
         ``(batch, *shape)``, for ``denoiser.decode``.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,13 +30,15 @@ CAPACITY = 4
 """Recordings that are kept, each with the memory of a run."""
 
 _RECORDINGS: OrderedDict[tuple[Any, ...], LoopRecording] = OrderedDict()
+_LOCK = threading.RLock()
+"""Between the loading of a recording and its end no other thread may load it."""
 
 
 def clear_graphs() -> None:
     """Forgets the recordings of ``sample(..., graph=True)`` and frees their memory.
 
-    Needed after parameters of a network were replaced (``to``, ``load_lora_weights``, ``fuse_lora``); changes in place
-    are seen.
+    Needed after the code of a network was changed (its attention processors, LoRA layers); weights that were changed in
+    place are seen, and those that lie elsewhere (``to``) are recorded anew.
     """
     _RECORDINGS.clear()
 
@@ -59,7 +63,8 @@ def sample_recorded(
         record: what records; a CUDA graph.
 
     Raises:
-        ValueError: no CUDA device, or a denoiser or scheduler that does more than tensor operations.
+        ValueError: no CUDA device, a denoiser or scheduler that does more than tensor operations, a network whose
+            weights are moved, or autocast.
     """
     from .denoisers.branched import BranchedDenoiser
 
@@ -73,35 +78,57 @@ def sample_recorded(
             f"graph=True needs a scheduler of ours that does what its plan says alone, and {type(scheduler).__name__} "
             "does not (guidance is taken away by guide(None)); use another one, or leave graph out"
         )
-    x, timesteps = denoiser.prepare(scheduler, num_inference_steps, generator=generator, latents=latents)
-    if record is None:
-        if x.device.type != "cuda":
-            raise ValueError(f"graph=True needs a pipeline on a CUDA device, not on {x.device.type}; leave graph out")
-        record = record_cuda_graph
-    run = _Run(denoiser, scheduler, x, timesteps, generator)
-    found = _RECORDINGS.pop(run.key, None)
-    if found is None:
-        found = LoopRecording(run, record)
-    else:
-        found.load(run)
-    _RECORDINGS[run.key] = found
-    while len(_RECORDINGS) > CAPACITY:
-        _RECORDINGS.popitem(last=False)
-    return found.replay()
+    if denoiser.is_moved:
+        raise ValueError(
+            "graph=True needs a network that stays where it is, and this one has hooks that may move its weights "
+            "(offloading, casting); leave graph out"
+        )
+    # Buffers that outlive the call are no inference tensors, which nothing may write to later.
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
+        x, timesteps = denoiser.prepare(scheduler, num_inference_steps, generator=generator, latents=latents)
+        if torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                "graph=True cannot run under torch.autocast, whose casts of the weights do not outlive it; leave one "
+                "of them out"
+            )
+        if record is None:
+            if x.device.type != "cuda":
+                raise ValueError(
+                    f"graph=True needs a pipeline on a CUDA device, not on {x.device.type}; leave graph out"
+                )
+            record = functools.partial(record_cuda_graph, device=x.device)
+        run = _Run(denoiser, scheduler, x, timesteps, generator)
+        found = _RECORDINGS.pop(run.key, None)
+        if found is None:
+            found = LoopRecording(run, record)
+        else:
+            found.load(run)
+        _RECORDINGS[run.key] = found
+        while len(_RECORDINGS) > CAPACITY:
+            _RECORDINGS.popitem(last=False)
+        return found.replay()
 
 
-def record_cuda_graph(body: Callable[[], None]) -> Callable[[], object]:
+def record_cuda_graph(body: Callable[[], None], *, device: torch.device) -> Callable[[], object]:
     """Captures a body in a CUDA graph, after two runs in which kernels are compiled and libraries set up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
+    stream = _stream_of(device)
+    with torch.cuda.device(device):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                body()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with the device meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             body()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
     return graph.replay
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: libraries keep a workspace for every stream that they saw."""
+    return torch.cuda.Stream(device)
 
 
 class _Run:
@@ -172,7 +199,7 @@ class LoopRecording:
         self._first.copy_(run.first)
         self._labels.copy_(run.timesteps)
         if self._in_scales is not None:
-            self._in_scales.copy_(torch.tensor(run.in_scales), non_blocking=True)
+            self._in_scales.copy_(torch.tensor(run.in_scales, dtype=run.wide), non_blocking=True)
         self._guidance_scale.fill_(run.denoiser.guidance_scale)
         for ours, theirs in zip(self._noises, run.noises, strict=True):
             if isinstance(ours, NoiseToDraw):

@@ -35,7 +35,7 @@ class NoiseStreams:
         for seed in seeds_of(self._seeds, shape[0]):
             generator = torch.Generator().manual_seed(derived_seed(seed, step))
             streams.append(torch.randn(shape[1:], generator=generator, dtype=dtype))
-        return torch.stack(streams).to(device)
+        return torch.stack(streams).to(device, non_blocking=True)
 
 
 class NoiseToDraw(NamedTuple):

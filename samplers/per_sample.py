@@ -90,7 +90,9 @@ class PerSamplePlan:
             self._table = torch.from_numpy(self._numbers()).float().to(states.device, non_blocking=True)
         bound = None
         if self._thresholding is not None:
-            bound = self._thresholding.bound(self._sum([(self._clean[at, 0], x), (self._clean[at, 1], model_output)]))
+            bound = self._thresholding.bound(
+                self._sum([(self._clean[at, 0], x), (self._clean[at, 1], model_output.to(states.dtype))])
+            )
         operands = Operands(
             sample=x,
             model_output=model_output,

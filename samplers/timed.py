@@ -65,8 +65,10 @@ class TimedScheduler(SchedulerMixin, ConfigMixin):
         if self._begin_index is not None:
             return self._begin_index
         if isinstance(timestep, torch.Tensor) and timestep.device.type != "cpu":
-            # Reading it would wait for the device; without begin_index a run starts at the start.
-            return 0
+            # Reading it would wait for the device; where an entry of ours lies says which one it is.
+            own = self.timesteps.untyped_storage().data_ptr()
+            if timestep.device == self.timesteps.device and timestep.untyped_storage().data_ptr() == own:
+                return timestep.storage_offset()
         return self.index_for_timestep(timestep)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:

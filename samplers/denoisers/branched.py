@@ -187,13 +187,25 @@ class BranchedDenoiser(Denoiser):
                 _copy(value, theirs[branches][name])
 
     def recording_key(self, batch: int) -> Hashable:
-        """What a recording of calls cannot change: the network, and the conditions but for their numbers."""
+        """What a recording of calls cannot change: the network, where its weights are, and the conditions' kinds."""
         kinds = (
             (branches, name, _kind(value))
             for branches, rows in self._all_rows(batch).items()
             for name, value in sorted(rows.items())
         )
-        return id(self._network), self._family, self.guidance_rescale, batch // self._prompts, *kinds
+        weights = (*self._network.parameters(), *self._network.buffers())
+        places = hash(tuple(weight.data_ptr() for weight in weights))
+        return id(self._network), places, self._family, self.guidance_rescale, batch // self._prompts, *kinds
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether hooks move the network's weights between devices: offloading, layerwise casting."""
+
+        def has_hooks(module: torch.nn.Module) -> bool:
+            registry = getattr(module, "_diffusers_hook", None)
+            return hasattr(module, "_hf_hook") or (registry is not None and len(registry.hooks) > 0)
+
+        return any(map(has_hooks, self._network.modules()))
 
     def _all_rows(self, batch: int) -> dict[tuple[Branch, ...], dict[str, Any]]:
         """The conditions of every call of the network in a run."""

@@ -188,7 +188,7 @@ class FusedRows:
     def _scale_of(self, scale: float | torch.Tensor) -> torch.Tensor:
         """The guidance scale on the device."""
         if isinstance(scale, torch.Tensor):
-            return scale
+            return scale.to(self._numbers.device, non_blocking=True)
         if self._scale is None or self._scale[0] != scale:
             self._scale = scale, torch.full((), scale, dtype=self._dtype, device=self._numbers.device)
         return self._scale[1]

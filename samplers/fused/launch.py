@@ -157,7 +157,7 @@ def triton_pass(operands: Operands, layout: CallLayout) -> Results:
         )
         # A launch goes to the current device.
         with torch.cuda.device_of(sample):
-            _launch((batch * blocks,), arguments)
+            _launch((batch * blocks, 1, 1), arguments)  # a compiled kernel takes whole grids alone
     return Results(following, new_state, kept_now, predicted)
 
 
@@ -179,7 +179,7 @@ def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
     return None if tensor is None else tensor.dtype
 
 
-def _launch(grid: tuple[int], arguments: _Arguments) -> None:
+def _launch(grid: tuple[int, int, int], arguments: _Arguments) -> None:
     """Launches the kernel, past Triton's own search for it where that was done before."""
     if arguments.begin_anywhere():
         plan_call[grid](*arguments, enable_fp_fusion=True)

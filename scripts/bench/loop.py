@@ -38,7 +38,7 @@ def _placed(pipe: Any, dtype: str, device: str) -> Any:
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            torch.nn.Module.to(part, device, getattr(torch, dtype))  # diffusers' own would warn of nothing
+            torch.nn.Module.to(part.eval(), device, getattr(torch, dtype))  # diffusers' own would warn of nothing
     return pipe
 
 

@@ -16,6 +16,9 @@ from fewstep.samplers.rows import compiled
 _COPIED = {"cpu": 2**25, "cuda": 2**28}
 """Bytes that are copied to measure a device: beyond its caches."""
 
+_COPIES = 20
+"""In a row, as steps run: launching them and waiting for the last is no part of the bandwidth."""
+
 
 def synchronise(device: str) -> None:
     """Waits for what a device was told to do."""
@@ -48,8 +51,13 @@ def copy_bandwidth(device: str, seconds: float = 0.2) -> float:
     source = torch.ones(_COPIED[torch.device(device).type] // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    times = sorted(seconds_of(lambda: target.copy_(source), device, seconds, least=5))
-    return 2 * 4 * source.numel() / statistics.median(times[: max(1, len(times) // 4)])
+
+    def copy() -> None:
+        for _ in range(_COPIES):
+            target.copy_(source)
+
+    times = sorted(seconds_of(copy, device, seconds, least=5))
+    return _COPIES * 2 * 4 * source.numel() / statistics.median(times[: max(1, len(times) // 4)])
 
 
 def bytes_of_step(plan: Plan, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:

@@ -26,7 +26,12 @@ def cuda(tests: Path, seconds: float, json_file: Path) -> None:
     from ..files import check_files, write_json
 
     check_files(json_file)
-    results = run_all(tests.resolve(), seconds, lambda name: click.echo(f"{name} ...", err=True))
+    results = run_all(
+        tests.resolve(),
+        seconds,
+        lambda name: click.echo(f"{name} ...", err=True),
+        lambda found: write_json(json_file, found),
+    )
     write_json(json_file, results)
     if isinstance(results["steps"], list):
         click.echo(step_table([cell for cell in results["steps"] if cell["dtype"] == "float32"]))

@@ -15,6 +15,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def device() -> torch.device:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed: pip install triton")
+    from fewstep.samplers.fused.backend import _missing
+
+    if missing := _missing():
+        pytest.skip(missing)
     if torch.cuda.is_available() and not INTERPRETED:
         return torch.device("cuda")
     if not INTERPRETED:

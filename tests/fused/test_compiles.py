@@ -138,6 +138,8 @@ class OnlyCompiled:
         self.compiled: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        assert len(grid) == 3  # which compiled kernels read
+
         def launch(*args: Any, **options: Any) -> Any:
             self.compiled.append(self._kernel.warmup(*args, grid=grid, **options))
             return OnlyCompiled(self._kernel)
@@ -221,7 +223,7 @@ def test_kinds_are_those_that_triton_tells_apart(kernel: OnlyCompiled, monkeypat
                 if scheduler.step_index == 2:
                     scheduler._run.reorder(torch.arange(len(x)))
                 x = scheduler.step(GuidedOutput(x, x, 3.0) if scheduler.step_index == 2 else x, t, x)[0]
-    launch.plan_call[1,](*launches[0], enable_fp_fusion=True)
+    launch.plan_call[1, 1, 1](*launches[0], enable_fp_fusion=True)
     *_, binder = kernel._kernel.device_caches[0]
     checked = 0
     for arguments in launches:

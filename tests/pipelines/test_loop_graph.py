@@ -168,6 +168,34 @@ def test_searched_schedules(afs: str) -> None:
     assert record.bodies == 1
 
 
+def test_weights_that_lie_elsewhere_are_recorded_anew() -> None:
+    record, pipe = Recorder(), own(CASES["sd"].build())
+    for changed in (False, True):
+        if changed:
+            pipe.unet.conv_in.weight = torch.nn.Parameter(1.5 * pipe.unet.conv_in.weight.detach())
+        both(Denoiser.from_pipeline(pipe, **CASES["sd"].inputs()), lambda: ours("sd", "unipc"), record, 1)
+    assert record.bodies == 2
+
+
+def test_recordings_outlive_inference_mode() -> None:
+    record, pipe = Recorder(), CASES["sd"].build()
+    with torch.inference_mode():
+        inside = both(Denoiser.from_pipeline(pipe, **CASES["sd"].inputs()), lambda: ours("sd", "unipc"), record, 1)
+    outside = both(Denoiser.from_pipeline(pipe, **CASES["sd"].inputs()), lambda: ours("sd", "unipc"), record, 1)
+    torch.testing.assert_close(inside, outside)
+    assert record.bodies == 1
+
+
+def test_what_does_not_stay_cannot_be_recorded() -> None:
+    pipe = own(CASES["sd"].build())
+    denoiser = Denoiser.from_pipeline(pipe, **CASES["sd"].inputs())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"cannot run under torch\.autocast"):
+        sample_recorded(denoiser, ours("sd", "unipc"), STEPS, record=Recorder())
+    pipe.unet.mid_block._hf_hook = object()  # as accelerate's offloading leaves
+    with pytest.raises(ValueError, match="needs a network that stays where it is"):
+        sample_recorded(denoiser, ours("sd", "unipc"), STEPS, record=Recorder())
+
+
 def test_guidance_rescale() -> None:
     record, pipe = Recorder(), CASES["sd"].build()
     for scale in (3.0, 6.0):

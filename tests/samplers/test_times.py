@@ -12,7 +12,7 @@ from scipy.stats import beta
 
 from analytic import EDM, FLOW, STABLE_DIFFUSION, ZERO_SNR, labels
 from comparison import SPACINGS, TheirDEIS, TheirDPM, TheirSinglestep, TheirUniPC
-from fewstep.samplers import DEISScheduler, DPMSolverPPScheduler, UniPCScheduler
+from fewstep.samplers import SAMPLERS, DEISScheduler, DPMSolverPPScheduler, UniPCScheduler
 
 COUNTS = (1, 2, 3, 4, 5, 7, 10, 13, 15, 20, 25, 28, 30, 37, 40, 50, 64, 75, 99, 100)
 
@@ -261,3 +261,14 @@ def test_one_step_of_flow_models(scheduler_class):
         pipelines = with_times(scheduler_class(**FLOW, **options), sigmas=[1.0])
         assert levels(pipelines)[0] == pytest.approx(1.0, abs=2e-6)
         assert len(pipelines.timesteps) == 1
+
+
+def test_a_run_on_a_device_begins_where_its_label_lies() -> None:
+    """Image to image without begin_index: nothing is read from the device, which meta could not."""
+    for label in (lambda t: t, lambda t: t.expand(2)):
+        scheduler = SAMPLERS["unipc"].build(STABLE_DIFFUSION)
+        scheduler.set_timesteps(10, device="meta")
+        x = torch.zeros(2, 3, device="meta")
+        for k, t in enumerate(scheduler.timesteps[6:]):
+            scheduler.step(x, label(t), x)
+            assert scheduler.step_index == 7 + k

@@ -163,6 +163,12 @@ def test_copies_have_a_bandwidth():
     assert 1e8 < traffic.copy_bandwidth("cpu", 0.0) < 1e13
 
 
+def test_wrong_backend_is_refused():
+    result = invoke("step", "--backend", "cuda")
+    assert result.exit_code == 2
+    assert "'cuda' is not one of 'torch', 'compile', 'triton'" in result.stderr
+
+
 # ---------------------------------------------------------------- whole generations
 
 
@@ -218,12 +224,17 @@ def test_cuda_names_its_bars():
 
 def test_cuda_runs_programs_and_the_sanitizer(tmp_path, monkeypatch):
     program = [sys.executable, "-c", "import os, sys; print(os.environ['TRITON_INTERPRET']); sys.exit(3)"]
-    assert cuda.command(program, tmp_path) == {"passed": False, "last_lines": ["0"]}
+    assert cuda.command(program, tmp_path) == {"passed": False, "timed_out": False, "last_lines": ["0"]}
     assert not cuda.command([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path, timeout=0.5)["passed"]
     monkeypatch.setattr(cuda.shutil, "which", lambda name: None)
     monkeypatch.setattr(cuda.Path, "exists", lambda path: False)
     assert "left_out" in cuda.sanitized("memcheck", "tests/fused", tmp_path)
     monkeypatch.undo()
+    slow = {"passed": False, "timed_out": True, "last_lines": ["stopped after 90 s"]}
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda.shutil, "which", lambda name: "/bin/echo")
+        patched.setattr(cuda, "command", lambda *args, **more: slow)
+        assert cuda.sanitized("memcheck", "tests/fused", tmp_path) == {"left_out": "stopped after 90 s"}
     monkeypatch.setattr(cuda.shutil, "which", lambda name: "/bin/echo")
     result = cuda.sanitized("memcheck", "tests/fused", tmp_path)
     assert result["passed"]
