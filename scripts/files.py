@@ -41,16 +41,34 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file of ``write_json``.
+
+    Raises:
+        ValueError: it is damaged, or no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); choose another folder") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__} instead of names and values; choose another folder")
+    return content
+
+
 def changed_settings(path: Path, settings: Mapping[str, Any]) -> list[str] | None:
     """Names of the settings that differ from those that a work was begun with; ``None`` where none was.
 
     Args:
         path: a file of ``write_json``.
         settings: ready for JSON.
+
+    Raises:
+        ValueError: the file is damaged.
     """
     if not path.exists():
         return None
-    begun = json.loads(path.read_text())
+    begun = read_json(path)
     return [name for name in settings if begun.get(name) != settings[name]]
 
 

@@ -51,7 +51,9 @@ _OF_IMAGES = {
     metavar="A,B,...",
     help="fid, is, kid, precision, recall, density, coverage, fid_infinity.  [default: fid, and is where it applies]",
 )
-@click.option("--batch-size", type=int, default=50, help="Images a call on a GPU; on a CPU the model decides.")
+@click.option(
+    "--batch-size", type=int, default=50, help="Images a call, on a GPU or of --images; else the model decides."
+)
 @click.option("--height", type=int, help="Pixels.  [default: the model's]")
 @click.option("--width", type=int, help="Pixels.  [default: the model's]")
 @click.option("--dtype", default="float32", help="float32, float16 or bfloat16.")
@@ -67,7 +69,8 @@ def fid(ctx: click.Context, images: Path | None, output: Path, **given: Any) -> 
     Writes fid.json and fid.csv into the output folder: Frechet distance (FID where the features are inception's) and
     other figures with 95 % confidence intervals. No image is written unless asked for. The command shares its work out
     when it is started by accelerate, on one machine or on several that share the output folder, and goes on where it
-    stopped when it is given again; neither changes a digit. A folder takes more samplers, steps and scales later.
+    stopped when it is given again; on the CPU neither changes a digit where processes have equally many threads
+    (torchrun sets OMP_NUM_THREADS=1). A folder takes more samplers, steps and scales later.
 
     \b
     fewstep fid --samplers dpm++,deis,unipc --steps 5,10,20 --plot fid.png
@@ -90,6 +93,7 @@ def fid(ctx: click.Context, images: Path | None, output: Path, **given: Any) -> 
 def _compare(images: Path, source: ReferenceSource, given: dict[str, Any], output: Path | None) -> None:
     from ..bench.output import table
     from ..fid.comparison import compare
+    from ..fid.folder import check_no_evaluation
     from ..fid.report import CONFIDENCE, figure_text, heading
     from ..files import write_json
     from ..generation.model import resolve_device
@@ -99,6 +103,7 @@ def _compare(images: Path, source: ReferenceSource, given: dict[str, Any], outpu
         raise ValueError("images are measured by one process; start the command without a launcher")
     if output is not None:
         check_writable(output)
+        check_no_evaluation(output)
     extractor = _load_extractor(given, resolve_device(given["device"]))
     metrics = _read_metrics(given["metrics"], extractor)
     row = compare(images, source, extractor, metrics, given["batch_size"])
@@ -138,7 +143,7 @@ def _evaluate(source: ReferenceSource, given: dict[str, Any], output: Path) -> N
     evaluation, model = _read_evaluation(given, device)
     extractor = _load_extractor(given, device)
     evaluation = replace(evaluation, metrics=_read_metrics(given["metrics"], extractor))
-    check_number(evaluation, extractor.size)
+    check_number("number", evaluation.settings.number, evaluation.metrics, extractor.size)
     shared = {
         **evaluation.to_json(model),
         "reference": source.to_json(),

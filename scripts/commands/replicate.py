@@ -24,29 +24,31 @@ def replicate(quick: bool, names: str | None, data: Path | None, output: Path) -
     """
     from tqdm import tqdm
 
+    from ..bench.digits import real_digits
     from ..bench.output import table
     from ..files import write_json, write_text
+    from ..generation.record import check_writable
     from ..replication.catalogue import CLAIMS
     from ..replication.claims import Scale
     from ..replication.report import markdown, page, report
     from ..replication.run import replicate as measure
 
     known = {claim.key: claim for claim in CLAIMS}
-    keys = list(known) if names is None else parse_names("claim", names, known)
-    if data is not None and not data.is_file():
-        raise ValueError(f"--data {data} is no file; give an .npz with x_test and y_test")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; give a folder")
+    keys = list(known) if names is None else list(dict.fromkeys(parse_names("claim", names, known)))
+    check_writable(output)
+    if data is not None:
+        if not data.is_file():
+            raise ValueError(f"--data {data} is no file; give an .npz with x_test and y_test")
+        real_digits(data, "test")
     scale = Scale(quick, output / "work", data)
     with tqdm(total=len(keys), desc="replicate", unit="claim") as bar:
 
         def begin(key: str) -> None:
+            bar.update(keys.index(key) - bar.n)
             bar.set_postfix(claim=key)
 
-        outcomes = []
-        for key in keys:
-            outcomes += measure([known[key]], scale, output, begin)
-            bar.update()
+        outcomes = measure([known[key] for key in keys], scale, output, begin)
+        bar.update(len(keys) - bar.n)
     write_text(output / "report.md", markdown(outcomes, quick=quick))
     write_text(output / "report.html", page(outcomes, quick=quick))
     write_json(output / "report.json", report(outcomes, quick=quick))

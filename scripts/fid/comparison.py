@@ -10,10 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from fewstep.metrics import FeatureExtractor, ImageMetrics, reference_images
+from fewstep.metrics.images import SUFFIXES
 
-from .references import ReferenceSource, check_shapes
+from .references import ReferenceSource, check_reference, check_shapes
 from .report import figures_of, reference_row
-from .settings import GROUPS
+from .settings import GROUPS, check_number
 
 
 def compare(
@@ -29,14 +30,20 @@ def compare(
         batch_size: images at a time.
 
     Raises:
-        ValueError: images are not readable, not alike, or not such as the extractor takes.
+        ValueError: images are not readable, not alike, too few, or not such as the extractor takes.
     """
     first = next(iter(reference_images(images, batch_size=1)))
     shape = (first.shape[1], first.shape[2], first.shape[3])
     source.check_like(shape)
+    source.check_number(metrics)
+    argument = f"--images {images}: number"
+    if images.is_dir():  # whose files are counted sooner than read
+        files = sum(path.suffix.lower() in SUFFIXES and path.is_file() for path in images.rglob("*"))
+        check_number(argument, files, metrics, extractor.size)
     extractor.features_and_logits(first)
     reference = source.statistics(extractor, batch_size)
     check_shapes(shape, reference, source.name)
+    check_reference(reference, metrics, source.name)
     measured = ImageMetrics(metrics, reference, extractor=extractor)
     count = 0
     with tqdm(desc=images.name, unit="image", file=sys.stderr) as bar:
@@ -44,6 +51,7 @@ def compare(
             measured.update(batch, range(count, count + len(batch)))
             count += len(batch)
             bar.update(len(batch))
+    check_number(argument, count, metrics, extractor.size)
     return {
         "images": str(images.resolve()),
         "number": count,

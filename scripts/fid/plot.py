@@ -18,13 +18,14 @@ def plot_results(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the first figure over the network calls: a panel a guidance scale, a line a sampler.
 
     Args:
-        rows: the figures of the cells.
+        rows: the figures of the cells; those without the first one's first figure are left out.
         path: of the picture, ending in .png, .svg or .pdf.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
     name = next(iter(rows[0]["figures"]))
+    rows = [row for row in rows if name in row["figures"]]
     scales = sorted({row["guidance_scale"] for row in rows}, key=lambda scale: -1.0 if scale is None else scale)
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
     figure = Figure(figsize=(max(5.2 * len(scales), 5.2), 4.6), layout="constrained")

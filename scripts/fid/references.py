@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from fewstep.metrics.extractors import DigitsExtractor
 
 BUNDLED = {"mnist-train": "train", "mnist-test": "test"}
 """References that come with the package, for the features ``digits``."""
+
+_NEIGHBOURS = {"precision": 3, "recall": 3, "density": 5, "coverage": 5}
+"""Metric -> how many neighbours each of the reference's images must have."""
 
 _KINDS = {1: "grey", 3: "RGB"}
 
@@ -55,7 +59,7 @@ class ReferenceSource:
                 f"reference {self.name!r} does not exist; give a folder of images, an image tar, an .npz, the "
                 f".safetensors of statistics, or {' or '.join(BUNDLED)}"
             )
-        if not self.computed and any((self.part, self.size, self.channels)):
+        if not self.computed and (self.part, self.size, self.channels) != (None, None, None):
             raise ValueError(
                 f"reference-part, reference-size and reference-channels prepare images; {self.name} holds statistics"
             )
@@ -80,6 +84,18 @@ class ReferenceSource:
         if self.computed:
             images = next(iter(self._images(1)))
             _check_shapes(shape, (images.shape[1], images.shape[2], images.shape[3]), self.name)
+
+    def check_number(self, metrics: Sequence[str]) -> None:
+        """Counts the images as far as the metrics need them, before all are read.
+
+        Args:
+            metrics: names of the figures.
+
+        Raises:
+            ValueError: the source is not readable, or has too few images.
+        """
+        if self.computed:
+            _check_number(sum(1 for _ in islice(self._images(1), _least(metrics))), metrics, self.name)
 
     def statistics(self, extractor: FeatureExtractor, batch_size: int) -> ReferenceStatistics:
         """Loads or computes them.
@@ -124,6 +140,33 @@ def check_shapes(shape: tuple[int, int, int], reference: ReferenceStatistics, na
     """
     if reference.image_shape is not None:
         _check_shapes(shape, reference.image_shape, name)
+
+
+def check_reference(reference: ReferenceStatistics, metrics: Sequence[str], name: str) -> None:
+    """Holds the number of a reference's images against what metrics need.
+
+    Args:
+        reference: the statistics.
+        metrics: names of the figures.
+        name: of the reference.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    number = reference.count
+    if reference.features is not None and not _NEIGHBOURS.keys().isdisjoint(metrics):
+        number = len(reference.features)
+    _check_number(number, metrics, name)
+
+
+def _check_number(number: int, metrics: Sequence[str], name: str) -> None:
+    if number < _least(metrics):
+        of = ", ".join(metric for metric in metrics if number < _least([metric]))
+        raise ValueError(f"--reference {name}: number {number} is too small for {of}; give {_least(metrics)} or more")
+
+
+def _least(metrics: Sequence[str]) -> int:
+    return 1 + max(_NEIGHBOURS.get(metric, 1) for metric in metrics)  # a covariance is of two images
 
 
 def _check_shapes(ours: tuple[int, int, int], theirs: tuple[int, int, int], name: str) -> None:

@@ -20,11 +20,11 @@ _DIGITS = {"fid": 3, "is": 3, "kid": 3, "fid_infinity": 3}
 
 
 def figures_of(estimates: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
-    """Value and bounds of the confidence interval of each figure, ready for JSON."""
+    """Value of each figure, bounds of its confidence interval, and half of that uncut, ready for JSON."""
     figures = {}
     for name, estimate in estimates.items():
         low, high = estimate.interval(CONFIDENCE)
-        figures[name] = {"value": estimate.value, "low": low, "high": high}
+        figures[name] = {"value": estimate.value, "low": low, "high": high, "half": estimate.half_width(CONFIDENCE)}
     return figures
 
 
@@ -91,11 +91,11 @@ def heading(name: str) -> str:
 
 
 def figure_text(name: str, figure: Mapping[str, float] | None) -> str:
-    """A figure and half of its interval; empty where there is none."""
+    """A figure and half of its interval, which no bound of the figure cuts; empty where there is none."""
     if figure is None:
         return ""
     scale, digits = _SCALES.get(name, 1.0), _DIGITS.get(name, 4)
-    half = (figure["high"] - figure["low"]) / 2.0
+    half = figure.get("half", (figure["high"] - figure["low"]) / 2.0)
     return f"{scale * figure['value']:.{digits}f} +- {scale * half:.{digits}f}"
 
 

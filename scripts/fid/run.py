@@ -2,8 +2,9 @@
 
 Image ``i`` of every cell has the seed ``SEED + i`` and comes out of the same lines as in ``fewstep generate``. The
 images are shared out in chunks of neighbours, each of them always one call of the pipeline and one of the extractor, so
-neither the number of processes nor an interruption changes a bit. What a chunk leaves is a file of features; when a
-cell has all of them, the main process measures it and removes them.
+neither the number of processes nor an interruption changes a bit on CPUs where processes have equally many
+threads. What a chunk leaves is a file of features; when a cell has all of them, the main process measures it and
+removes them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..generation.pictures import save_image
 from ..generation.run import call_pipeline
 from .chunks import CellFeatures, ChunkFiles
 from .folder import EvaluationFolder
-from .references import ReferenceSource, check_shapes
+from .references import ReferenceSource, check_reference, check_shapes
 from .report import cell_row, reference_row
 from .settings import GROUPS, EvaluatedCell, Evaluation
 from .stopwatch import Stopwatch
@@ -57,8 +58,10 @@ class Evaluator:
         self._evaluation, self._model, self._extractor = evaluation, model, extractor
         self._source, self._folder, self._state = source, folder, state
         self._cells = evaluation.cells(model)
-        self._reference = None if source.computed else source.statistics(extractor, evaluation.chunk)
-        if self._reference is not None:
+        self._reference = self._known_reference()
+        if self._reference is None:
+            source.check_number(evaluation.metrics)
+        else:
             self._metrics(self._reference)
 
     def run(self, stopwatch: Stopwatch | None = None) -> None:
@@ -120,15 +123,19 @@ class Evaluator:
         shape = (image.shape[1], image.shape[2], image.shape[3])
         if self._reference is not None:
             check_shapes(shape, self._reference, self._source.name)
-        elif not self._folder.reference.exists():
+        else:
             self._source.check_like(shape)
+
+    def _known_reference(self) -> ReferenceStatistics | None:
+        """The statistics of the reference, where its images need not be read first."""
+        if self._folder.reference.exists():
+            return ReferenceStatistics.load(self._folder.reference, extractor=self._extractor.fingerprint)
+        return None if self._source.computed else self._source.statistics(self._extractor, self._evaluation.chunk)
 
     def _begin(self) -> ImageMetrics:
         """The reference's statistics, computed once for an output, and the first files."""
         reference = self._reference
-        if reference is None and self._folder.reference.exists():
-            reference = ReferenceStatistics.load(self._folder.reference, extractor=self._extractor.fingerprint)
-        elif reference is None:
+        if reference is None:
             reference = self._source.statistics(self._extractor, self._evaluation.chunk)
             self._folder.begin()
             reference.save(self._folder.reference)
@@ -137,6 +144,7 @@ class Evaluator:
         return self._metrics(reference)
 
     def _metrics(self, reference: ReferenceStatistics) -> ImageMetrics:
+        check_reference(reference, self._evaluation.metrics, self._source.name)
         metrics = ImageMetrics(self._evaluation.metrics, reference, extractor=self._extractor)
         metrics.distributed_available_fn = lambda: False  # this process has the features of all
         return metrics
@@ -156,7 +164,8 @@ class Evaluator:
     def _measure(self, cell: EvaluatedCell, found: CellFeatures, metrics: ImageMetrics) -> None:
         metrics.reset()
         metrics.update(found.features, range(len(found.features)), logits=found.logits)
-        self._folder.add(cell, cell_row(cell, found.calls, metrics.estimates(GROUPS), metrics.remarks()))
+        turn = max(len(cell.settings.classes), len(cell.settings.prompts), 1)
+        self._folder.add(cell, cell_row(cell, found.calls, metrics.estimates(GROUPS, turn=turn), metrics.remarks()))
 
 
 def _pixels(pictures: list[Image.Image]) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -121,23 +121,25 @@ class Evaluation:
         }
 
 
-def check_number(evaluation: Evaluation, size: int) -> None:
+def check_number(argument: str, number: int, metrics: Sequence[str], size: int) -> None:
     """Refuses fewer images than the metrics and their intervals need, before any is made.
 
     Args:
-        evaluation: with the number and the metrics.
+        argument: that says how many images there are.
+        number: of the images.
+        metrics: names of the figures.
         size: number of features.
 
     Raises:
         ValueError: there are too few.
     """
-    number, least = evaluation.settings.number, 2 * GROUPS
-    if "fid_infinity" in evaluation.metrics:
+    least = 2 * GROUPS
+    if "fid_infinity" in metrics:
         # The extrapolation needs twice as many images as a subset of full rank has, also without one of the groups.
         least = max(least, math.ceil(2 * (2 * size + 1) * GROUPS / (GROUPS - 1)) + 1)
     if number < least:
         of = "fid_infinity" if least > 2 * GROUPS else "confidence intervals"
-        raise ValueError(f"number {number} is too small for {of}; give {least} or more")
+        raise ValueError(f"{argument} {number} is too small for {of}; give {least} or more")
 
 
 def chunk_size(model: Model, settings: Settings, batch_size: int) -> int:

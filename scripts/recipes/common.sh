@@ -6,13 +6,18 @@
 #   SMALL=1  the recipe in small: a bundled model and reference, few images and steps, no download
 #
 # It needs curl and tar beside an environment with fewstep in it (accelerate config once, for several GPUs or machines).
-# Options behind a recipe's name overrule its own:  sh cifar10.sh --number 10000 --steps 5,10
+# Options behind a recipe's name overrule its own, also in small:  sh cifar10.sh --number 10000 --steps 5,10
 
 set -eu
 
 DATA=${DATA:-data}
 LAUNCH=${LAUNCH:-accelerate launch -m fewstep.scripts}
 PREPARE="${PYTHON:-python} -m fewstep.scripts.recipes.prepare"
+
+if [ "${SMALL:-}" = 1 ]; then
+    # Between what the recipe puts before these words and the user's own; it adds nothing else in small.
+    set -- --model digits-small --features digits --number 40 --steps 2 "$@"
+fi
 
 # fetch URL FILE: downloads what is not there yet; the file appears whole or not at all
 fetch() {
@@ -35,7 +40,7 @@ inception() {
 # evaluate OPTIONS: calls fewstep fid; of options that come twice the last counts
 evaluate() {
     if [ "${SMALL:-}" = 1 ]; then
-        $LAUNCH fid "$@" --model digits-small --features digits --number 40 --steps 2
+        $LAUNCH fid "$@"
     else
         $LAUNCH fid --features inception --weights "$DATA/inception.safetensors" "$@"
     fi

@@ -62,12 +62,10 @@ class Measurement:
 
     Attributes:
         findings: at least one.
-        table: columns beside each other that belong to the findings, as text; empty for none.
         pictures: captions and images for the HTML page.
     """
 
     findings: Sequence[Finding]
-    table: str = ""
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
 
     @property

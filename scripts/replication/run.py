@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import time
@@ -45,10 +46,11 @@ def replicate(
         begin: hears of each claim that is measured now.
 
     Raises:
-        ValueError: the folder holds outcomes at another scale or of another version.
+        ValueError: the folder holds outcomes at another scale, with other data or of another version.
     """
+    settings = _settings(scale)
     files = {claim.key: output / "claims" / f"{claim.key}.json" for claim in claims}
-    known = {key: _read(path, scale) for key, path in files.items() if path.exists()}
+    known = {key: _read(path, settings) for key, path in files.items() if path.exists()}
     outcomes = []
     for claim in claims:
         entry = known.get(claim.key)
@@ -57,7 +59,7 @@ def replicate(
             clock = time.perf_counter()
             measurement = claim.measure(scale)
             entry = {
-                "settings": _settings(scale),
+                "settings": settings,
                 "environment": environment(),
                 "findings": [asdict(finding) for finding in measurement.findings],
                 "pictures": {title: _png(picture) for title, picture in measurement.pictures.items()},
@@ -71,13 +73,14 @@ def replicate(
 
 def _settings(scale: Scale) -> dict[str, Any]:
     here = environment()
-    return {"quick": scale.quick, "data": scale.data is not None, **{k: here[k] for k in ("fewstep", "torch")}}
+    data = scale.data is not None and hashlib.sha256(scale.data.read_bytes()).hexdigest()
+    return {"quick": scale.quick, "data": data, **{k: here[k] for k in ("fewstep", "torch")}}
 
 
-def _read(path: Path, scale: Scale) -> dict[str, Any]:
+def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key, value in _settings(scale).items() if entry["settings"][key] != value]
+        other = [key for key, value in settings.items() if entry["settings"][key] != value]
         [Finding(**finding) for finding in entry["findings"]]
         float(entry["minutes"]), dict(entry["pictures"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.linalg import eigvals
 
-from fewstep.metrics import DigitsClassifier, ReferenceStatistics, digits_statistics, feature_extractor
+from fewstep.metrics import DigitsClassifier, Estimate, ReferenceStatistics, digits_statistics, feature_extractor
 from fewstep.samplers import SAMPLERS
 from fewstep.scripts.fid import chunks, references
-from fewstep.scripts.fid.report import figures_of
+from fewstep.scripts.fid.folder import EvaluationFolder
+from fewstep.scripts.fid.report import figure_text, figures_of
 from fewstep.scripts.generation.model import load_model
 from model_folders import assert_refused, invoke, pictures, save_text_model, save_unconditional_model
 
@@ -151,7 +153,10 @@ def test_saved_images_are_those_of_generate_and_have_the_same_distance(output: P
         assert abs(ours - theirs).max() <= 1  # there each image has a call of its own
     told = evaluate("--images", saved, "--output", tmp_path / "compared", "--batch-size", CHUNK)
     compared = results(tmp_path / "compared")
-    assert compared["figures"]["fid"] == results(output)["cells"][0]["figures"]["fid"]
+    # A folder does not tell which classes took turns: its interval is the wider one.
+    found, own = compared["figures"]["fid"], results(output)["cells"][0]["figures"]["fid"]
+    assert found["value"] == own["value"]
+    assert found["half"] > own["half"]
     assert compared["number"] == NUMBER
     assert f"{compared['figures']['fid']['value']:.3f} +- " in told
 
@@ -200,7 +205,7 @@ def test_record_table_and_csv_say_the_same(output: Path) -> None:
     with (output / "fid.csv").open() as file:
         (line,) = csv.DictReader(file)
     for name, figure in row["figures"].items():
-        assert [float(line[key]) for key in (name, f"{name}_low", f"{name}_high")] == list(figure.values())
+        assert [float(line[key]) for key in (name, f"{name}_low", f"{name}_high")] == list(figure.values())[:3]
     told = evaluate(*COMMON, "--number", NUMBER, "--save-images", "--output", output)
     assert f"{row['figures']['fid']['value']:.3f} +- " in told
 
@@ -321,6 +326,36 @@ def test_more_figures_are_added(common: Callable[..., tuple[object, ...]], tmp_p
     assert results(tmp_path)["cells"] == [row]
 
 
+def test_remarks_are_kept_when_figures_are_added(common: Callable[..., tuple[object, ...]], tmp_path: Path) -> None:
+    few = save_noise(tmp_path / "few", (8, 8, 3), 4)
+    said = []
+    for metrics in ("kid", "fid", "precision", "fid,recall"):
+        evaluate(*common(reference=few, metrics=metrics), "--output", tmp_path / "fid")
+        said.append(results(tmp_path / "fid")["cells"][0]["remarks"])
+    assert said[0] == []
+    assert "4 reference images are too few" in said[1][0]
+    assert said[1] == said[2] == said[3]
+
+
+def test_features_of_other_cells_outlive_a_command(
+    common: Callable[..., tuple[object, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "fid"
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationFolder, "add", interrupted)
+        assert invoke("fid", *common(samplers="unipc"), "--output", output).exit_code != 0
+    (chunk,) = output.glob("features/unipc-2-*/*.safetensors")
+    before = chunk.stat().st_mtime_ns
+    evaluate(*common(samplers="dpm++"), "--output", output)
+    assert chunk.stat().st_mtime_ns == before
+    evaluate(*common(samplers="unipc"), "--output", output)
+    assert not (output / "features").exists()
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_sampler_that_has_changed_is_measured_again(
     common: Callable[..., tuple[object, ...]], unconditional_model: Path, tmp_path: Path
 ) -> None:
@@ -366,6 +401,15 @@ def test_a_plot_is_drawn_and_the_time_is_told(output: Path, tmp_path: Path) -> N
     assert min(parts.values()) > 0.0
 
 
+def test_a_plot_leaves_out_cells_without_the_figure(tmp_path: Path) -> None:
+    for sampler, metrics in (("unipc", "is"), ("dpm++", "fid")):
+        words = ("--samplers", sampler, "--steps", 2, "--guidance-scale", 1, "--number", 40, "--metrics", metrics)
+        evaluate(*words, "--output", tmp_path / "fid", "--plot", tmp_path / "fid.svg")
+    drawn = (tmp_path / "fid.svg").read_text()
+    assert "<!-- dpm++ -->" in drawn
+    assert "<!-- unipc -->" not in drawn
+
+
 def test_too_few_images_for_the_features_are_reported(output: Path, tmp_path: Path) -> None:
     result = invoke("fid", *COMMON, "--number", 40, "--output", tmp_path / "fid")
     assert result.exit_code == 0
@@ -385,6 +429,16 @@ def test_intervals_are_those_of_the_estimates() -> None:
     assert figure["value"] == pytest.approx(float(values.mean()))
 
 
+def test_half_an_interval_is_told_uncut() -> None:
+    half = Estimate(0.1, (0.0, 0.2, 0.1), lowest=0.0).half_width()
+    figure = figures_of({"fid": Estimate(0.1, (0.0, 0.2, 0.1), lowest=0.0)})["fid"]
+    assert figure["low"] == 0.0
+    assert figure["half"] == half > 0.1
+    assert figure_text("fid", figure) == f"0.100 +- {half:.3f}"
+    del figure["half"]  # as of earlier versions
+    assert figure_text("fid", figure) == f"0.100 +- {(0.1 + half) / 2.0:.3f}"
+
+
 REFUSED = {
     "no such sampler": (("--samplers", "dpm+"), "sampler 'dpm+' is not known"),
     "sampler twice": (("--samplers", "dpm++,dpm++"), "each sampler once"),
@@ -402,6 +456,8 @@ REFUSED = {
     "features without weights": (("--features", "inception", "--reference", "."), "weights of inception are missing"),
     "no such reference": (("--reference", "nowhere"), "reference 'nowhere' does not exist"),
     "statistics resized": (("--reference-size", "32"), "mnist-train holds statistics"),
+    "statistics resized to nothing": (("--reference-size", "0"), "mnist-train holds statistics"),
+    "statistics without channels": (("--reference-channels", "0"), "mnist-train holds statistics"),
     "prompts for classes": (("--prompts", __file__), "prompt does not apply"),
     "class out of range": (("--classes", "10"), "class 10 is out of range"),
     "restoration": (("--model", "digits-restore"), "bench restore"),
@@ -440,6 +496,49 @@ def test_images_and_reference_must_be_alike(common: Callable[..., tuple[object, 
     evaluate(*common(reference=large, reference_size=8), "--output", tmp_path / "resized")
 
 
+@pytest.mark.parametrize(
+    ("count", "metrics", "said"),
+    [
+        (1, "fid", ("number 1 ", "for fid;", "give 2 or more")),
+        (3, "fid,precision", ("number 3 ", "for precision;", "give 4 or more")),
+        (5, "recall,coverage", ("number 5 ", "for coverage;", "give 6 or more")),
+    ],
+)
+def test_too_few_images_of_a_reference_are_refused(
+    common: Callable[..., tuple[object, ...]],
+    features: Path,
+    real: Path,
+    tmp_path: Path,
+    count: int,
+    metrics: str,
+    said: tuple[str, ...],
+) -> None:
+    few, output = save_noise(tmp_path / "few", (8, 8, 3), count), tmp_path / "fid"
+    words = ("--images", real, "--features", "clip", "--weights", features, "--reference", few, "--metrics", metrics)
+    for arguments in (common(reference=few, metrics=metrics), words):
+        assert_refused(invoke("fid", *arguments, "--output", output), f"--reference {few}: ", *said)
+        assert not output.exists()
+
+
+def test_a_stored_reference_of_too_few_images_is_refused(
+    common: Callable[..., tuple[object, ...]], tmp_path: Path
+) -> None:
+    few, output = save_noise(tmp_path / "few", (8, 8, 3), 3), tmp_path / "fid"
+    evaluate(*common(reference=few), "--output", output)
+    more = invoke("fid", *common(reference=few, metrics="recall"), "--output", output)
+    assert_refused(more, f"--reference {few}: number 3 ", "give 4 or more")
+    stored = common(reference=output / "reference.safetensors", metrics="density")
+    assert_refused(invoke("fid", *stored, "--output", tmp_path / "new"), "number 3 ", "give 6 or more")
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    made = save_noise(tmp_path / "made", (32, 32), 39)
+    assert_refused(invoke("fid", "--images", made), f"--images {made}: number 39 ", "give 40 or more")
+    np.savez(tmp_path / "made.npz", images=np.zeros((272, 32, 32), np.uint8))
+    told = invoke("fid", "--images", tmp_path / "made.npz", "--metrics", "fid_infinity")
+    assert_ends(told, "made.npz: number 272 ", "give 273 or more")
+
+
 def test_images_are_measured_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_refused(invoke("fid", "--images", tmp_path), "by one process")
@@ -450,6 +549,30 @@ def test_output_of_something_else_is_refused(tmp_path: Path) -> None:
     assert_refused(invoke("fid", "--number", 40, "--output", tmp_path), "is not empty", "choose another folder")
     assert_refused(invoke("fid", "--number", 40, "--output", tmp_path / "notes.txt"), "is a file")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_figures_of_images_do_not_replace_those_of_a_model(output: Path, tmp_path: Path) -> None:
+    made, before = save_noise(tmp_path / "made", (32, 32)), (output / "fid.json").read_bytes()
+    assert_refused(invoke("fid", "--images", made, "--output", output), "evaluation of a model", "another folder")
+    assert (output / "fid.json").read_bytes() == before
+    for _ in range(2):
+        evaluate("--images", made, "--output", tmp_path / "own")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, content) for name in ("settings.json", "fid.json") for content in (b"{", b"[]", b"\xff")),
+        ("fid.json", b"{}"),
+        ("fid.json", b'{"cells": [{}], "reference": {}}'),
+    ],
+)
+def test_damaged_records_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = EvaluationFolder(tmp_path, {"seed": 0})
+    folder.begin()
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path / name))} .*; choose another folder"):
+        EvaluationFolder(tmp_path, {"seed": 0})
 
 
 def test_images_of_mixed_sizes_and_broken_ones_are_named(tmp_path: Path) -> None:

@@ -85,6 +85,14 @@ def test_the_small_form_runs(recipe: str, tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_own_words_overrule_the_small_form(recipe: str, tmp_path: Path) -> None:
+    words = arguments(recipe, tmp_path, "--number", "41", "--samplers", "a b", SMALL="1")
+    given = fid.make_context("fid", words).params
+    assert (given["number"], given["samplers"], given["steps"]) == (41, "a b", "2")
+    assert (given["model"], given["features"]) == ("digits-small", "digits")
+
+
 def test_a_recipe_starts_the_command(tmp_path: Path) -> None:
     launch = f"{sys.executable} -m fewstep.scripts"
     shell = {**os.environ, "SMALL": "1", "LAUNCH": launch, "OUTPUT": str(tmp_path / "out")}

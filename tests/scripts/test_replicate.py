@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fewstep.metrics import Estimate
+from fewstep.scripts.replication import catalogue
 from fewstep.scripts.replication import run as running
 from fewstep.scripts.replication.catalogue import CLAIMS
 from fewstep.scripts.replication.claims import (
@@ -114,6 +117,44 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     (tmp_path / "claims" / "one.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no outcome"):
         running.replicate(claims, scale, tmp_path)
+
+
+def test_outcomes_belong_to_their_data(tmp_path: Path) -> None:
+    claims = [Claim("one", "", "One", "1 < 2.", "", lambda scale: Measurement([Finding("", -1.0, -1.5, -0.5)]))]
+    scale = Scale(quick=True, folder=tmp_path, data=save_digits(tmp_path / "digits.npz"))
+    running.replicate(claims, scale, tmp_path)
+    running.replicate(claims, scale, tmp_path)
+    save_digits(tmp_path / "digits.npz", 1)
+    for other in (scale, Scale(quick=True, folder=tmp_path)):
+        with pytest.raises(ValueError, match="measured with other data"):
+            running.replicate(claims, other, tmp_path)
+
+
+def test_files_are_checked_before_the_first_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(scale: Scale) -> Measurement:
+        raise AssertionError
+
+    monkeypatch.setattr(catalogue, "CLAIMS", [replace(claim, measure=measure) for claim in CLAIMS])
+    np.savez(tmp_path / "bad.npz", x_train=np.zeros((10, 28, 28), np.uint8))
+    (tmp_path / "out" / "claims").mkdir(parents=True)
+    (tmp_path / "out" / "claims" / "deis.json").write_text("{}")
+    common = ("replicate", "--quick", "--claims", "unipc,deis")
+    for words, message in (
+        (("--data", tmp_path / "bad.npz", "--output", tmp_path / "new"), "x_test"),
+        (("--data", save_digits(tmp_path / "one.npz", classes=1), "--output", tmp_path / "new"), "the classes 0 to 9"),
+        (("--output", tmp_path / "bad.npz" / "new"), "not a writable folder"),
+    ):
+        assert_refused(invoke(*common, *words), message)
+    told = invoke(*common, "--output", tmp_path / "out")
+    assert told.exit_code == 2
+    assert "deis.json holds no outcome" in told.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def save_digits(path: Path, seed: int = 0, classes: int = 10) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    np.savez(path, x_test=pixels, y_test=np.arange(20) % classes)
+    return path
 
 
 @pytest.mark.parametrize(
