@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -231,13 +232,19 @@ def clip_score(prompt: str, model: str = "openai/clip-vit-base-patch32", *, loca
         ValueError: transformers is not installed, or the weights are not there.
     """
     try:
-        from transformers import AutoProcessor, CLIPModel
+        from transformers import AutoConfig, AutoProcessor, CLIPModel
     except ImportError:
         raise ValueError("clip_score needs transformers; install fewstep[text]") from None
     try:
+        if (kind := AutoConfig.from_pretrained(model, local_files_only=local_files_only).model_type) != "clip":
+            raise ValueError(f"model {model!r} is a {kind} model; give a CLIP model")
         network = CLIPModel.from_pretrained(model, local_files_only=local_files_only).eval().requires_grad_(False)
         processor = AutoProcessor.from_pretrained(model, local_files_only=local_files_only)
-    except OSError:
+    except (OSError, ValueError) as error:
+        if Path(model).is_dir():
+            raise ValueError(f"folder {model} holds no CLIP model; give one of a model and its processor") from None
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(
             f"model {model!r} is not on this machine; download it first (hf download {model}), or use "
             "local_files_only=False"

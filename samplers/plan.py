@@ -172,9 +172,12 @@ class Plan:
         """
         try:
             data = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def _number(value: Any, name: str) -> float:

@@ -23,6 +23,7 @@ from fewstep.samplers import SAMPLERS, PlanScheduler
 
 from ..generation.choices import unknown
 from ..generation.options import parse_options
+from ..generation.schedulers import check_options
 from ..tuning.task import ends
 from .estimates import frechet_estimate, from_json, to_json
 from .output import read_entries, table
@@ -55,12 +56,14 @@ def parse_sampler(words: str) -> tuple[str, dict[str, Any]]:
     """Name and options of ``NAME`` or ``NAME:KEY=VALUE:...``.
 
     Raises:
-        ValueError: no sampler of that name, or options that are none.
+        ValueError: no sampler of that name, or options that it does not have.
     """
     name, *pairs = words.split(":")
     if name not in SAMPLERS:
         raise unknown("sampler", name, SAMPLERS)
-    return name, parse_options(pairs)
+    options = parse_options(pairs)
+    check_options(SAMPLERS[name].scheduler, options, name)
+    return name, options
 
 
 class Variants:

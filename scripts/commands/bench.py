@@ -52,7 +52,9 @@ def bench() -> None:
 @click.option("--seconds", type=click.FloatRange(0.0), default=1.0, show_default=True, help="Time a cell, at least.")
 @click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cpu, cuda or auto.")
 @click.option("--dtype", metavar="NAME", default="float32", show_default=True, help="float32, float16 or bfloat16.")
-@click.option("--backend", metavar="NAME", help="Of our steps: torch, compile or triton.  [default: by the device]")
+@click.option(
+    "--backend", type=click.Choice(["torch", "compile", "triton"]), help="Of our steps.  [default: by the device]"
+)
 @click.option("--compiled", is_flag=True, help="Also time diffusers' step under torch.compile; takes a minute a cell.")
 @click.option("--json", "json_file", type=_FILE, help="File for the figures.")
 def step(

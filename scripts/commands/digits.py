@@ -31,7 +31,7 @@ from ..generation.model import load_model, resolve_device, resolve_name
 @click.option("--batch-size", type=click.IntRange(1), default=250, show_default=True, help="Images at a time.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the first image.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, mps or auto.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="JSON file for the figures.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for the figures.")
 def digits(
     model: str,
     sampler: str,
@@ -41,7 +41,7 @@ def digits(
     batch_size: int,
     seed: int,
     device: str,
-    output: Path | None,
+    json_file: Path | None,
 ) -> None:
     """Measure the images of a digit model.
 
@@ -57,7 +57,7 @@ def digits(
     scales = _parse_scales(guidance_scale)
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
-    check_files(output)
+    check_files(json_file)
     loaded = load_model(resolve_name(model), "float32", resolve_device(device))
     classifier = DigitsClassifier.bundled()
     pipeline = loaded.pipeline
@@ -98,8 +98,8 @@ def digits(
             f"{figures['inception_score']:6.3f} +- {figures['inception_score_spread']:.3f}  "
             f"{figures['class_agreement']:.4f} ({low:.4f} - {high:.4f})  {figures['images_per_second']:8.1f}"
         )
-        if output is not None:
-            write_json(output, report)
+        if json_file is not None:
+            write_json(json_file, report)
 
 
 def _parse_scales(text: str) -> list[float]:

@@ -12,7 +12,7 @@ _FILE = click.Path(path_type=Path)
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--models", metavar="A,B,...", default="digits-small", help="See below.")
+@click.option("--models", metavar="A,B,...", default="digits-small", help="Some of those named above.")
 @click.option("--steps", type=click.IntRange(1), default=20, help="Sampling steps.")
 @click.option("--batch", type=click.IntRange(1), help="Images at a time, for throughput.  [default: the model's own]")
 @click.option("--seconds", type=click.FloatRange(0.0), default=2.0, help="Time a way to generate, at least.")

@@ -7,23 +7,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from diffusers import AutoencoderKL
-from safetensors import SafetensorError
 
-from fewstep.metrics import DigitsClassifier
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
-from ..files import changed_settings, write_json
-from ..generation.model import load_model
-from ..training.autoencoder import fingerprint, reconstruction_error, train_autoencoder
-from ..training.classifier import accuracy, reference_statistics, train_classifier
-from ..training.data import LabelledImages, load_images
-from ..training.diffusion import NULL_LABEL, train_diffusion
-from ..training.minority import train_minority
-from ..training.restoration import train_restoration
+    from ..training.data import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -58,9 +49,13 @@ RECIPES = {
     type=click.Choice(["float32", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Of the matrix products of digits-*; bfloat16 is the faster one on CPUs with units for it.",
+    help="Of the matrix products of digits-small and -large; bfloat16 is the faster one on CPUs with units for it.",
 )
-@click.option("--autoencoder", type=click.Path(path_type=Path), help="Folder of the autoencoder that digits-* need.")
+@click.option(
+    "--autoencoder",
+    type=click.Path(path_type=Path),
+    help="Folder of the autoencoder that digits-small and digits-large need.",
+)
 def train(
     recipe: str,
     data: Path,
@@ -76,14 +71,32 @@ def train(
     """Train RECIPE on labelled images and write the model to a folder.
 
     DATA is an .npz file with x_train, y_train, x_test, y_test (uint8), or a folder <split>/<class>/<image>.
-    Images become 32 x 32. digits-small and digits-large give a diffusers DiTPipeline and want an
-    autoencoder that was trained before; digits-classifier gives a classifier and the reference statistics
-    of its features; digits-restore gives a RestorationPipeline that undoes blur and noise, drawn anew in every step;
-    digits-minority gives the classifier of rare digits in the noise of the bundled digits-small and digits-large.
+    Images become 32 x 32. RECIPE is one of
+
+    \b
+    autoencoder        an AutoencoderKL, for the next two
+    digits-small       a DiTPipeline of diffusers; wants an autoencoder that was trained before
+    digits-large       the same, eight times as costly
+    digits-classifier  a classifier, and the reference statistics of its features
+    digits-restore     a RestorationPipeline, which undoes blur and noise, drawn anew in every step
+    digits-minority    a classifier of rare digits in the noise of the bundled digits-small and -large
 
     A training that was stopped goes on from its last checkpoint when the same command is given again, and
     ends with the same weights, bit for bit on the same machine and number of threads.
-    """
+    """  # noqa: D301  click wants the backspace itself
+    import torch
+
+    from fewstep.metrics import DigitsClassifier
+
+    from ..files import write_json
+    from ..generation.model import load_model
+    from ..training.autoencoder import fingerprint, reconstruction_error, train_autoencoder
+    from ..training.classifier import accuracy, reference_statistics, train_classifier
+    from ..training.data import load_images
+    from ..training.diffusion import NULL_LABEL, train_diffusion
+    from ..training.minority import train_minority
+    from ..training.restoration import train_restoration
+
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = RECIPES[recipe]
@@ -92,6 +105,8 @@ def train(
         raise ValueError(f"--output {output} holds a finished training already; name another folder or remove it")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; name a folder")
+    if output.is_dir() and any(output.iterdir()) and not _settings_file(output / "checkpoint").is_file():
+        raise ValueError(f"--output {output} is not empty and holds no training of {recipe}; name a new folder")
     diffusion = recipe in ("digits-small", "digits-large")
     if diffusion and autoencoder is None:
         raise ValueError(f"{recipe} needs --autoencoder; make one with: fewstep train autoencoder")
@@ -188,6 +203,8 @@ def train(
 
 def _test_images(data: Path, images: LabelledImages) -> LabelledImages:
     """The test images beside those of training."""
+    from ..training.data import load_images
+
     test = load_images(data, split="test")
     if test.images.shape[1] != images.images.shape[1]:
         raise ValueError(f"--data {data}: its train and test images differ in the number of colour channels")
@@ -196,6 +213,9 @@ def _test_images(data: Path, images: LabelledImages) -> LabelledImages:
 
 def _load_autoencoder(path: Path, images: LabelledImages) -> AutoencoderKL:
     """The autoencoder in ``path`` (its own folder, or a pipeline's), if it suits the images."""
+    from diffusers import AutoencoderKL
+    from safetensors import SafetensorError
+
     folder = path / "vae" if (path / "vae").is_dir() else path
     try:
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
@@ -213,7 +233,9 @@ def _load_autoencoder(path: Path, images: LabelledImages) -> AutoencoderKL:
 
 def _begin(work: Path, settings: dict[str, Any]) -> None:
     """Makes the checkpoint's folder, or sees to it that the checkpoint in it is one of the same training."""
-    path = work / "settings.json"
+    from ..files import changed_settings, write_json
+
+    path = _settings_file(work)
     different = changed_settings(path, settings)
     if different:
         raise ValueError(
@@ -222,3 +244,7 @@ def _begin(work: Path, settings: dict[str, Any]) -> None:
         )
     if different is None:
         write_json(path, settings)
+
+
+def _settings_file(work: Path) -> Path:
+    return work / "settings.json"

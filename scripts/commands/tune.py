@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fewstep.samplers import SAMPLERS, PlanScheduler
-from fewstep.samplers.plan_numbers import FREE
+if TYPE_CHECKING:
+    from fewstep.samplers import PlanScheduler
 
-from ..files import check_files, write_json
-from ..generation.model import Model, load_model, resolve_device, resolve_name
-from ..generation.options import parse_options
-from ..generation.record import check_writable
-from ..generation.schedulers import parsed_options
-from ..plots import check_plot
-from ..tuning.compensated import fit_ratios
-from ..tuning.learned import fit_table
-from ..tuning.report import REPORT, begin, describe, plot
-from ..tuning.searched import error_fitness, frechet_fitness, search
-from ..tuning.task import Conditions, compare
+    from ..generation.model import Model
 
 NOISES = {"dc": 10, "s3": 40, "learned": 50}
 """Initial noises that each method's fit sees, unless the user says otherwise."""
+
+_METHODS = {
+    "refinement": "dc",
+    **dict.fromkeys(("fitness", "images", "rounds", "polish"), "s3"),
+    **dict.fromkeys(("free", "iterations"), "learned"),
+}
+"""Options of one method -> that method."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -48,13 +46,15 @@ NOISES = {"dc": 10, "s3": 40, "learned": 50}
 @click.option("--images", type=click.IntRange(100), default=500, help="s3: of a Frechet distance.")
 @click.option("--rounds", type=click.IntRange(0), default=8, help="s3: of the evolution.")
 @click.option("--polish", type=click.IntRange(0), default=400, help="s3: evaluations of continuous changes at the end.")
-@click.option("--free", default=",".join(FREE), help="learned: what is fitted.")
+@click.option("--free", default="times,end,labels,scales,weights", help="learned: what is fitted.")
 @click.option("--iterations", type=click.IntRange(1), default=30, help="learned: at most.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the noises and of the search.")
 @click.option("--device", default="auto", help="cpu, cuda, mps or auto.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder of the scheduler.")
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="Of what was minimised: .png, .svg or .pdf.")
+@click.pass_context
 def tune(
+    ctx: click.Context,
     model: str,
     method: str,
     steps: int,
@@ -85,6 +85,18 @@ def tune(
     fewstep tune --model digits-large --steps 5 --method learned --output tuned
     fewstep generate --model digits-large --sampler tuned --steps 5 --guidance-scale 1
     """  # noqa: D301  click wants the backspace itself
+    from ..files import check_files, write_json
+    from ..generation.model import load_model, resolve_device, resolve_name
+    from ..generation.options import parse_options
+    from ..generation.record import check_writable
+    from ..plots import check_plot
+    from ..tuning.compensated import fit_ratios
+    from ..tuning.learned import fit_table
+    from ..tuning.report import REPORT, begin, describe, plot
+    from ..tuning.searched import error_fitness, frechet_fitness, search
+    from ..tuning.task import Conditions, compare
+
+    _check_method(ctx, method, fitness)
     if picture is not None:
         check_plot(picture)
         check_files(picture)
@@ -110,6 +122,10 @@ def tune(
     }
     check_writable(output)
     loaded = load_model(settings["model"], "float32", resolve_device(device))
+    if loaded.kind == "restoration":
+        raise ValueError(
+            f"--model {model} restores images; tune fits samplers of models that generate, such as digits-small"
+        )
     conditions = Conditions(loaded, prompts, guidance_scale)
     before = _scheduler("dc-solver", loaded, options, steps)
     judges = None
@@ -148,9 +164,27 @@ def tune(
         curves = {"best": found["history"]} if method == "s3" else _curves(found["history"])
         plot(picture, curves, "schedules" if method == "s3" else "iterations")
     click.echo(describe(errors))
+    words = ["fewstep", "generate", "--model", model, "--sampler", str(output), "--steps", str(steps)]
+    if "guidance_scale" in loaded.parameters:
+        words += ["--guidance-scale", f"{guidance_scale:.12g}"]
+    words += [word for prompt in prompts for word in ("--prompt", prompt)]
+    click.echo(f"written to {output}; use it by: {shlex.join(words)}")
+
+
+def _check_method(ctx: click.Context, method: str, fitness: str) -> None:
+    """Refuses options that were given and that the method does not read."""
+    for name, owner in _METHODS.items():
+        if ctx.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE:
+            continue
+        if owner != method:
+            raise ValueError(f"--{name} is for --method {owner}; leave it out or give --method {owner}")
+        if name == "images" and fitness != "frechet":
+            raise ValueError("--images is for --fitness frechet; leave it out or give --fitness frechet")
 
 
 def _names(free: str) -> list[str]:
+    from fewstep.samplers.plan_numbers import FREE
+
     names = [name.strip() for name in free.split(",")]
     if unknown := [name for name in names if name not in FREE]:
         raise ValueError(f"--free {unknown[0]!r} is unknown; use some of {','.join(FREE)}")
@@ -159,6 +193,10 @@ def _names(free: str) -> list[str]:
 
 def _scheduler(name: str, model: Model, options: tuple[str, ...], steps: int) -> Any:
     """A sampler of the model with its timesteps set."""
+    from fewstep.samplers import SAMPLERS
+
+    from ..generation.schedulers import parsed_options
+
     sampler = SAMPLERS[name]
     scheduler = parsed_options(sampler.scheduler, model, options, **sampler.options)
     scheduler.set_timesteps(steps)

@@ -46,7 +46,10 @@ def _load(word: RewardWord, model: Model) -> Score:
         return compressibility(word.text)
     if word.name == "clip":
         assert word.text is not None
-        score = clip_score(word.text) if word.model is None else clip_score(word.text, word.model)
+        try:
+            score = clip_score(word.text) if word.model is None else clip_score(word.text, word.model)
+        except ValueError as error:  # whose last remedy is for Python alone
+            raise ValueError(str(error).removesuffix(", or use local_files_only=False")) from error
         return lambda images: score(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)
     if model.name not in DIGITS:
         raise ValueError(

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from .inputs import open_input
 from .model import Model
 from .pictures import columns_for, image_grid, labelled_grid, save_image
 from .record import GRID, Cell, RunFolder, Settings
-from .schedulers import build_scheduler, plain_config
+from .schedulers import build_scheduler, plain_config, tuning_remarks
 from .steered import Steerer, corrected_scheduler
 
 _GRID_IMAGES = 100  # a grid, or a cell of a comparison, shows no more
@@ -71,6 +72,8 @@ def generate_images(
     made = sum(map(len, missing.values()))
     if not made and folder.complete:
         return 0, _accounts(settings, folder)
+    for remark in tuning_remarks(settings):
+        click.echo(remark, err=True)
     total = settings.number * len(settings.cells)
     with tqdm(total=total, initial=total - made, unit="image", file=sys.stderr) as bar:
         for cell, scheduler, steerer in zip(settings.cells, schedulers, steerers, strict=True):

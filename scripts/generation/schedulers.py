@@ -92,6 +92,24 @@ def parsed_options(cls: type[Scheduler], model: Model, pairs: Sequence[str], **o
     return scheduler
 
 
+def tuning_remarks(settings: Settings) -> list[str]:
+    """A line a sampler of ``fewstep tune`` that was fitted to another model or guidance scale than the run's."""
+    remarks = []
+    scale = 1.0 if settings.guidance_scale is None else settings.guidance_scale
+    for sampler in settings.samplers:
+        try:
+            tuning = json.loads((Path(sampler) / "tuning.json").read_text(encoding="utf-8"))
+            model, fitted = str(tuning["model"]), float(tuning["guidance_scale"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if sampler not in SAMPLERS and (model, fitted) != (settings.model, scale):
+            other = f"{settings.model} " if model != settings.model else ""
+            remarks.append(
+                f"sampler {Path(sampler).name} was fitted to {model} at guidance {fitted:g}, not {other}at {scale:g}"
+            )
+    return remarks
+
+
 def _saved(name: str) -> tuple[type[PlanScheduler], dict[str, Any]]:
     """Class and options of a scheduler that ``save_pretrained`` wrote.
 

@@ -213,3 +213,8 @@ def test_clip_score_of_a_model_on_this_machine(tmp_path: Any) -> None:
     assert gradient.abs().max() > 0
     with pytest.raises(ValueError, match="is not on this machine"):
         clip_score("a cat", str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    transformers.BertConfig().save_pretrained(tmp_path / "bert")
+    for name in ("empty", "bert"):
+        with pytest.raises(ValueError, match=f"folder .*{name} holds no CLIP model"):
+            clip_score("a cat", str(tmp_path / name))

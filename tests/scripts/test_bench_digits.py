@@ -22,7 +22,7 @@ def test_figures(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     result = invoke(
         "bench", "digits", "--model", "digits-small", "--sampler", "unipc", "--steps", STEPS, "--count", COUNT,
-        "--guidance-scale", "1,2", "--batch-size", 40, "--seed", SEED, "--output", file,
+        "--guidance-scale", "1,2", "--batch-size", 40, "--seed", SEED, "--json", file,
     )  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     report = json.loads(file.read_text())
@@ -74,7 +74,7 @@ def test_sampling_bias_is_that_of_a_gaussian() -> None:
         (("--model", "digits-small", "--guidance-scale", "0.5"), ("--guidance-scale '0.5'",)),
         (("--model", "digits-small", "--guidance-scale", "1,two"), ("--guidance-scale '1,two'",)),
         (("--model", "digits-small", "--count", "10"), ("--count", "10")),
-        (("--model", "digits-small", "--output", "/nowhere/at/all.json"), ("no folder /nowhere/at",)),
+        (("--model", "digits-small", "--json", "/nowhere/at/all.json"), ("no folder /nowhere/at",)),
         (("--model", "{models}/class"), ("no DiTPipeline of grey images",)),
         (("--model", "{models}/plain"), ("no DiTPipeline of grey images",)),
         (("--model", "nowhere"), ("'nowhere' is neither",)),

@@ -38,6 +38,8 @@ def test_variants_are_compared_with_the_first(tmp_path: Path) -> None:
     [
         (("--samplers", "plms5"), "sampler"),
         (("--samplers", "ghvb1.8:momentum_number"), "key=value"),
+        (("--samplers", "ipndm,ipndm:momentum=1"), "option of sampler ipndm 'momentum' is not known"),
+        (("--samplers", "ipndm:solver_order=two"), "option solver_order"),
         (("--guidance-scale", "0.5"), "from 1 to 100"),
         (("--model", "digits-restore"), "digits-large"),
     ],

@@ -65,7 +65,11 @@ def test_usage_errors_are_one_line(words: tuple[str, ...], said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "--version", "generate --help", "bench --help", "generate --steps", "typo"]
+    "words",
+    [
+        *("--help", "--version", "generate --help", "tune --help", "train --help", "bench --help"),
+        *("generate --steps", "tune --steps", "train", "typo"),
+    ],
 )
 def test_help_and_typing_errors_wait_for_no_heavy_import(words: str) -> None:
     program = (

@@ -121,11 +121,13 @@ def test_clip_of_a_folder(models: Path, tmp_path: Path) -> None:
 
 
 def test_clip_that_is_not_there(models: Path, tmp_path: Path) -> None:
-    result = invoke(
-        "generate", "--model", models / "unconditional", "--steer", "svdd", "--reward", f"clip@{tmp_path / 'none'}:cat",
-        "--steps", 3, "--output", tmp_path / "out",
-    )  # fmt: skip
+    call = ("generate", "--model", models / "unconditional", "--steer", "svdd", "--output", tmp_path / "out")
+    result = invoke(*call, "--reward", f"clip@{tmp_path / 'none'}:cat")
     assert_refused(result, "none", "is not on this machine")
+    assert result.stderr.endswith(f"(hf download {tmp_path / 'none'})\n")
+    (tmp_path / "empty").mkdir()
+    result = invoke(*call, "--reward", f"clip@{tmp_path / 'empty'}:cat")
+    assert_refused(result, f"folder {tmp_path / 'empty'} holds no CLIP model")
     assert not (tmp_path / "out").exists()
 
 

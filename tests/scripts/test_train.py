@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from fewstep.metrics import DigitsClassifier, ReferenceStatistics
 from fewstep.samplers import RestorationPipeline
+from fewstep.scripts.commands import train
 from fewstep.scripts.training import loop
 from fewstep.scripts.training.data import load_images
 from model_folders import assert_refused, invoke
@@ -227,6 +228,18 @@ def test_checkpoint_of_another_autoencoder(
 def test_folder_of_a_finished_training(data: Path, trained: Callable[[str], Path]) -> None:
     result = invoke(*command("autoencoder", data, trained("autoencoder"), None))
     assert_refused(result, "finished training", "another folder")
+
+
+def test_folder_of_other_things(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    result = invoke(*command("autoencoder", data, tmp_path, None))
+    assert_refused(result, f"--output {tmp_path} is not empty and holds no training of autoencoder; name a new folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_help_tells_every_recipe() -> None:
+    lines = [line.split(maxsplit=1) for line in invoke("train", "--help").stdout.splitlines()]
+    assert {line[0] for line in lines if len(line) == 2} >= set(train.RECIPES)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from fewstep.samplers import DCSolverScheduler, LearnedScheduler, PlanScheduler, SearchedScheduler, UniPCScheduler
+from fewstep.samplers.plan_numbers import FREE
+from fewstep.scripts.commands.tune import tune
 from model_folders import assert_refused, invoke, save_text_model
 
 TUNE = ("tune", "--model", "digits-small", "--steps", "5", "--held-out", "20", "--noises", "6")
@@ -31,6 +33,8 @@ def fitted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     result = invoke(*METHODS[request.param], "--output", folder)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "held out, 20 noises" in result.stdout
+    use = f"fewstep generate --model digits-small --sampler {folder} --steps 5 --guidance-scale 1"
+    assert result.stdout.splitlines()[-1] == f"written to {folder}; use it by: {use}"
     return request.param, folder
 
 
@@ -126,7 +130,9 @@ def test_text_models_are_fitted_to_their_prompts(tmp_path: Path) -> None:
     assert_refused(invoke(*call, "--output", output), "--prompt")
     more = ("--iterations", 1, "--guidance-scale", 3, "--prompt", "a fox", "--prompt", "a hare")
     assert_refused(invoke(*TUNE, "--prompt", "a fox", "--output", output), "--prompt", "leave it out")
-    assert invoke(*call, *more, "--output", output).exit_code == 0
+    result = invoke(*call, *more, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith(" --guidance-scale 3 --prompt 'a fox' --prompt 'a hare'\n")
     assert PlanScheduler.from_pretrained(output).table.calls == 3
 
 
@@ -180,6 +186,46 @@ def test_generate_refuses_folders_that_do_not_fit(tuned: Path, tmp_path: Path) -
     assert not output.exists()
 
 
+def test_generate_tells_what_a_sampler_was_fitted_to(tuned: Path, tmp_path: Path) -> None:
+    call = ("generate", "--sampler", tuned, "--steps", 5, "--number", 1)
+    for k, (words, said) in enumerate(
+        (
+            (("--guidance-scale", 1), ""),
+            (("--guidance-scale", 4), "not at 4\n"),
+            (("--guidance-scale", 4, "--model", "digits-large"), "not digits-large at 4\n"),
+        )
+    ):
+        result = invoke(*call, *words, "--output", tmp_path / str(k))
+        assert result.exit_code == 0, result.output
+        remark = f"sampler sampler was fitted to digits-small at guidance 1, {said}"
+        assert (remark in result.stderr) if said else ("fitted" not in result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "said"),
+    [
+        ("dc", ("--rounds", 8), "--rounds is for --method s3; leave it out or give --method s3"),
+        ("learned", ("--fitness", "error"), "--fitness is for --method s3"),
+        ("dc", ("--images", 100), "--images is for --method s3"),
+        ("s3", ("--images", 100), "--images is for --fitness frechet"),
+        ("learned", ("--polish", 0), "--polish is for --method s3"),
+        ("s3", ("--free", "times"), "--free is for --method learned"),
+        ("dc", ("--iterations", 1), "--iterations is for --method learned"),
+        ("s3", ("--refinement", 1), "--refinement is for --method dc"),
+    ],
+)
+def test_options_of_another_method_are_refused(
+    method: str, words: tuple[object, ...], said: str, tmp_path: Path
+) -> None:
+    assert_refused(invoke(*TUNE, "--method", method, *words, "--output", tmp_path / "out"), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_that_can_be_fitted_is_by_default() -> None:
+    (free,) = (option for option in tune.params if option.name == "free")
+    assert free.default == ",".join(FREE)
+
+
 def test_bad_input_is_one_line(tuned: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
@@ -187,6 +233,7 @@ def test_bad_input_is_one_line(tuned: Path, tmp_path: Path) -> None:
         return invoke(*TUNE, "--output", output, *changed)
 
     assert_refused(call("--model", "digits-tiny"), "digits-tiny")
+    assert_refused(call("--model", "digits-restore"), "--model digits-restore restores images", "digits-small")
     assert_refused(call("--steps", 2), "steps", "2")
     assert_refused(call("--option", "order=3"), "order", "solver_order")
     assert_refused(call("--option", "ratios=[2,1,1,1,1]"), "ratios")
