@@ -112,11 +112,16 @@ def _images(source: ImageSource, part: str | None) -> Iterator[tuple[str, Image.
     raise ValueError(f"{path} is no folder, image tar or .npz file; give one of these")
 
 
+def is_grid(file: Path) -> bool:
+    """Whether an image shows the others of its folder: what ``fewstep generate`` puts beside its record."""
+    return file.name == "grid.png" and (file.parent / "record.json").is_file()
+
+
 def _of_folder(path: Path, part: str | None) -> Iterator[tuple[str, Image.Image | torch.Tensor]]:
     root = path if part is None else path / part
     if not root.is_dir():
         raise ValueError(f"part {part!r}: {path} has no such sub-folder")
-    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()):
+    for file in sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and not is_grid(f)):
         with file.open("rb") as stream:
             yield str(file), _decoded(stream, str(file))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -158,11 +160,26 @@ def scheduler_options(**overrides: Any) -> Callable[[Callable[..., None]], Calla
         own = [p for p in inspect.signature(init).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         kind = inspect.Parameter.KEYWORD_ONLY
         shared = [inspect.Parameter(name, kind, default=value) for name, value in {**DEFAULTS, **overrides}.items()]
-        init.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
-        registered: Callable[..., None] = register_to_config(init)
+        known = [p.name for p in (*own, *shared)]
+
+        @functools.wraps(init)
+        def checked(self: Any, *args: Any, **options: Any) -> None:
+            for name in options:
+                if name not in known:
+                    raise TypeError(unknown_option(type(self).__name__, name, known))
+            init(self, *args, **options)
+
+        checked.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+        registered: Callable[..., None] = register_to_config(checked)
         return registered
 
     return decorate
+
+
+def unknown_option(scheduler: str, name: str, known: Sequence[str]) -> str:
+    """What is wrong with an option that a scheduler does not have, and the nearest that it has."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"{scheduler} has no option {name!r}; " + (f"did you mean {near[0]}?" if near else "see its docstring")
 
 
 _CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -20,8 +20,9 @@ PRESETS = ("accurate",)
 _MEASURED: Mapping[str, Any] = {
     **dict.fromkeys(RESPACINGS, False),
     "timestep_spacing": "linspace",
-    "denoise_to_zero": False,
-    "euler_at_final": False,
+}
+_MEASURED_OF: Mapping[str, Mapping[str, Any]] = {
+    "DPMSolverPPScheduler": {"denoise_to_zero": False, "euler_at_final": False},
 }
 
 
@@ -56,7 +57,7 @@ def preset_options(scheduler: str, kind: str, steps: int, guidance_scale: float 
         scale = min(scales, key=lambda s: abs(math.log(float(s)) - math.log(max(guidance_scale, 1.0))))
     by_steps = by_guidance[scale]
     nearest = min(by_steps, key=lambda n: abs(math.log(int(n)) - math.log(steps)))
-    return {**_MEASURED, **by_steps[nearest]["options"]}
+    return {**_MEASURED, **_MEASURED_OF.get(scheduler, {}), **by_steps[nearest]["options"]}
 
 
 @functools.cache

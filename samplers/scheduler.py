@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import sys
@@ -22,7 +23,7 @@ from .fused.backend import check_backend
 from .grid import Grid, make_grid
 from .guided import Guidance, GuidedRun, GuidedStep
 from .noise import NoiseStreams, NoiseToDraw, PhiloxStreams, draw_from
-from .options import check_options
+from .options import check_options, unknown_option
 from .plan import Plan
 from .presets import check_preset, preset_options
 from .rows import GuidedOutput, Thresholding, accumulation_dtype
@@ -96,9 +97,14 @@ class PlanScheduler(TimedScheduler):
         Raises:
             ValueError: the config of a model that is neither variance preserving nor rectified flow nor EDM; or of
                 ``PlanScheduler``, a config that none of ours wrote.
+            TypeError: an option is misspelt; others that the class does not have are left out, as diffusers does.
         """
         if cls is PlanScheduler:
             return cls._saved_class(config).from_config(config, return_unused_kwargs, preset=preset, **kwargs)
+        known = list(inspect.signature(cls).parameters)
+        for name in kwargs:
+            if name not in known and difflib.get_close_matches(name, known, 1, cutoff=0.8):
+                raise TypeError(unknown_option(cls.__name__, name, known))
         if config is not None:
             if "theta_schedule" in config and "theta_schedule" not in inspect.signature(cls).parameters:
                 raise ValueError(

@@ -68,7 +68,7 @@ class TimedScheduler(SchedulerMixin, ConfigMixin):
             # Reading it would wait for the device; where an entry of ours lies says which one it is.
             own = self.timesteps.untyped_storage().data_ptr()
             if timestep.device == self.timesteps.device and timestep.untyped_storage().data_ptr() == own:
-                return timestep.storage_offset()
+                return int(timestep.storage_offset())
         return self.index_for_timestep(timestep)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:

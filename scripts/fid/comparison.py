@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fewstep.metrics import FeatureExtractor, ImageMetrics, reference_images
-from fewstep.metrics.images import SUFFIXES
+from fewstep.metrics.images import SUFFIXES, is_grid
 
 from .references import ReferenceSource, check_reference, check_shapes
 from .report import figures_of, reference_row
@@ -38,7 +38,7 @@ def compare(
     source.check_number(metrics)
     argument = f"--images {images}: number"
     if images.is_dir():  # whose files are counted sooner than read
-        files = sum(path.suffix.lower() in SUFFIXES and path.is_file() for path in images.rglob("*"))
+        files = sum(f.suffix.lower() in SUFFIXES and f.is_file() and not is_grid(f) for f in images.rglob("*"))
         check_number(argument, files, metrics, extractor.size)
     extractor.features_and_logits(first)
     reference = source.statistics(extractor, batch_size)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fewstep.metrics.images import is_grid
+
 from ..training.data import IMAGE_SUFFIXES
 
 _MODES = {1: "L", 3: "RGB"}  # by the number of the network's channels
@@ -21,7 +23,7 @@ def read_inputs(path: Path) -> dict[str, str]:
         ValueError: nothing there, or a file that is no image with 8 bits a channel.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and not is_grid(f))
         if not files:
             raise ValueError(f"input {path} is a folder without images; give {', '.join(sorted(IMAGE_SUFFIXES))} files")
     elif path.is_file():

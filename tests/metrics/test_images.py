@@ -187,6 +187,15 @@ def packed_in_another_way(folder: Path) -> Path:
     return path
 
 
+def test_a_grid_beside_its_record_is_no_image_of_the_set(tmp_path: Path) -> None:
+    save_images(GREY, GREY)(tmp_path)
+    Image.new("RGB", (40, 40)).save(tmp_path / "grid.png")
+    with pytest.raises(ValueError, match=r"grid\.png is RGB 40 x 40"):
+        read(tmp_path)
+    (tmp_path / "record.json").write_text("{}")
+    assert len(read(tmp_path)) == 2
+
+
 GREY, COLOUR = Image.new("L", (8, 6)), Image.new("RGB", (8, 6))
 REFUSALS: dict[str, tuple[Write, dict[str, Any], str]] = {
     "empty folder": (lambda folder: folder, {}, "has no images"),

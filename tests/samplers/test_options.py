@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from analytic import EDM
+from analytic import EDM, STABLE_DIFFUSION
 from fewstep.samplers import DEISScheduler, DPMSolverPPScheduler, UniPCScheduler
 
 
@@ -65,3 +67,15 @@ def test_foreign_values_are_mapped(scheduler_class):
     if scheduler_class is not UniPCScheduler:
         for algorithm in ("dpmsolver", "dpmsolver++", "deis", "data_prediction", "noise_prediction"):
             scheduler_class(algorithm_type=algorithm).set_timesteps(3)
+
+
+def test_misspelt_options_are_told() -> None:
+    said = "DPMSolverPPScheduler has no option 'algorithm_typ'; did you mean algorithm_type?"
+    with pytest.raises(TypeError, match=re.escape(said)):
+        DPMSolverPPScheduler(algorithm_typ="sde-dpmsolver++")
+    with pytest.raises(TypeError, match=re.escape(said)):
+        DPMSolverPPScheduler.from_config(STABLE_DIFFUSION, algorithm_typ="sde-dpmsolver++")
+    with pytest.raises(TypeError, match="no option 'steps'; see its docstring"):
+        DPMSolverPPScheduler(steps=5)
+    # What other schedulers have is left out, as diffusers does.
+    assert DPMSolverPPScheduler.from_config(STABLE_DIFFUSION, lambda_min_clipped=-5.1).config.solver_order == 2
