@@ -13,7 +13,11 @@ from fewstep.metrics import Estimate, FeatureStatistics, ReferenceStatistics, fr
 
 
 def frechet_estimate(features: torch.Tensor, reference: ReferenceStatistics) -> Estimate:
-    """The Frechet distance of features ``(count, D)`` to a reference of the same extractor."""
+    """The Frechet distance of features ``(count, D)`` to a reference of the same extractor.
+
+    The interval takes the images' classes for drawn. Of classes in turn it is too wide: no effect is claimed that is
+    none, and small ones may be missed.
+    """
 
     def distance(kept: torch.Tensor) -> float:
         gathered = FeatureStatistics(features.shape[1])
