@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from fewstep.guidance import (
 from fewstep.metrics import DigitsClassifier
 from fewstep.samplers import SAMPLERS, Denoiser, PlanScheduler, sample
 from fewstep.samplers.per_sample import DenoisingChain
+
+Tree = TypeVar("Tree", DiffusionTreeSampling, DiffusionTreeSearch)
 
 _PARALLEL = 10
 """Rollouts of a tree in one batch."""
@@ -219,10 +222,6 @@ def _smc(sampling: Sampling, runs: Sequence[int]) -> Steps:
         yield budget, particles[int(sampling.random(budget).integers(budget)) :: budget]
 
 
-def _gradient(sampling: Sampling, runs: Sequence[int]) -> Steps:
-    return _fk(sampling, runs, gradient_scale=1.0)
-
-
 def _candidates(sampling: Sampling, candidates: int, temperature: float, seeds: list[int]) -> Guidance:
     return SVDD(sampling.reward, candidates=candidates, temperature=temperature, start=_START, seeds=seeds)
 
@@ -238,43 +237,32 @@ def _svdd(sampling: Sampling, runs: Sequence[int]) -> Steps:
     return _chains(sampling, runs, 1.0 / sampling.scale)
 
 
-def _svdd_greedy(sampling: Sampling, runs: Sequence[int]) -> Steps:
-    return _chains(sampling, runs, 0.0)
-
-
 # ---------------------------------------------------------------- trees
 
 
-def _dts(sampling: Sampling, runs: Sequence[int], selection: str = "boltzmann") -> Steps:
-    tree = DiffusionTreeSampling(
+def _grown(sampling: Sampling, runs: Sequence[int], kind: type[Tree], **options: Any) -> Iterator[tuple[int, Tree]]:
+    """One tree for all images, by rising budgets."""
+    tree = kind(
         sampling.chain(),
         sampling.reward,
         scale=sampling.scale,
-        selection=selection,
         parallel=_PARALLEL,
         seed=sampling.seed * NOISES,
+        **options,
     )
     for budget in runs:
         tree.run(sampling.count * sampling.steps * budget - tree.network_calls)
+        yield budget, tree
+
+
+def _dts(sampling: Sampling, runs: Sequence[int], **options: Any) -> Steps:
+    for budget, tree in _grown(sampling, runs, DiffusionTreeSampling, **options):
         drawn = systematic(tree.leaf_probabilities, sampling.count, sampling.random(budget).random())
         yield budget, tree.chain.results(tree.tree.states(tree.tree.leaves[drawn].tolist(), tree.chain.device))
 
 
-def _dts_uniform(sampling: Sampling, runs: Sequence[int]) -> Steps:
-    return _dts(sampling, runs, selection="uniform")
-
-
-def _dts_star(sampling: Sampling, runs: Sequence[int], widening: tuple[float, float] = (2.0, 0.8)) -> Steps:
-    tree = DiffusionTreeSearch(
-        sampling.chain(),
-        sampling.reward,
-        scale=sampling.scale,
-        widening=widening,
-        parallel=_PARALLEL,
-        seed=sampling.seed * NOISES,
-    )
-    for budget in runs:
-        tree.run(sampling.count * sampling.steps * budget - tree.network_calls)
+def _dts_star(sampling: Sampling, runs: Sequence[int], **options: Any) -> Steps:
+    for budget, tree in _grown(sampling, runs, DiffusionTreeSearch, **options):
         # While rollouts are under way a leaf or two may be missing: the best ones stand for them too.
         best = tree.best(min(sampling.count, len(tree.tree.leaves))).samples
         yield budget, best[torch.arange(sampling.count) % len(best)]
@@ -287,10 +275,10 @@ METHODS: Mapping[str, Method] = {
     "fk": _fk,
     "smc": _smc,
     "svdd": _svdd,
-    "svdd-greedy": _svdd_greedy,
-    "gradient": _gradient,
+    "svdd-greedy": partial(_chains, temperature=0.0),
+    "gradient": partial(_fk, gradient_scale=1.0),
     "dts": _dts,
-    "dts-uniform": _dts_uniform,
+    "dts-uniform": partial(_dts, selection="uniform"),
     "dts-star": _dts_star,
     "dts-star-narrow": partial(_dts_star, widening=(1.0, 0.4)),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from fewstep.samplers.noise import derived_seed
 from .model import DIGITS, Model
 from .rewards import WatchedReward
 from .steering import POPULATION, Steering, number
+
+Tree = TypeVar("Tree", DiffusionTreeSampling, DiffusionTreeSearch)
 
 _DISTANCES = {"squared": squared_distance, "absolute": absolute_distance}
 _PICK = 2**20  # which of a seed's streams chooses from a population; particles have the lower ones
@@ -179,32 +181,25 @@ def _svdd(work: Work) -> Run:
 
 
 def _tree_sampling(work: Work) -> Run:
-    chain, reward = _grown(work)
-    tree = DiffusionTreeSampling(chain, reward, **_tree_options(work, chain), selection=work.options["selection"])
-    calls = _tree_calls(work, chain.steps)
-
-    def run() -> Found:
-        tree.run(calls)
-        return Found(tree.sample().samples)
-
-    return run
+    return _grow(work, DiffusionTreeSampling, lambda tree: tree.sample().samples, selection=work.options["selection"])
 
 
 def _tree_search(work: Work) -> Run:
-    chain, reward = _grown(work)
-    tree = DiffusionTreeSearch(chain, reward, **_tree_options(work, chain), exploration=work.options["exploration"])
+    return _grow(work, DiffusionTreeSearch, lambda tree: tree.best().samples, exploration=work.options["exploration"])
+
+
+def _grow(work: Work, kind: type[Tree], chosen: Callable[[Tree], torch.Tensor], **options: Any) -> Run:
+    """A tree of that kind, and what is taken of it when the budget is spent."""
+    assert work.reward is not None
+    chain = DenoisingChain(work.denoiser, work.scheduler, work.steps)
+    tree = kind(chain, work.reward, **_tree_options(work, chain), **options)
     calls = _tree_calls(work, chain.steps)
 
     def run() -> Found:
         tree.run(calls)
-        return Found(tree.best().samples)
+        return Found(chosen(tree))
 
     return run
-
-
-def _grown(work: Work) -> tuple[DenoisingChain, WatchedReward]:
-    assert work.reward is not None
-    return DenoisingChain(work.denoiser, work.scheduler, work.steps), work.reward
 
 
 def _tree_options(work: Work, chain: DenoisingChain) -> dict[str, Any]:
